@@ -1,0 +1,971 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5", "torchvision>=0.20", "numpy>=1.26"]
+# ///
+"""Prototype-Augmented Hypernetworks (PAH) for continual learning, in one file.
+
+    python pah.py --dataset synthetic                 # no download, about a minute on two CPU cores
+    python pah.py                                     # Split-CIFAR100, 10 tasks
+    python pah.py --dataset tinyimagenet --tasks 20
+    python pah.py --dataset path/to/folder            # train/ and val/, one sub-folder a class
+
+K tasks of C classes come one after the other, and old data is gone. A backbone f turns images into D features. No
+classifier head is stored: a hypernetwork H generates the head of task k from C small learnable images, the prototypes
+of its classes. Three losses keep the old tasks working. Equation numbers are those of the paper: De La Fuente et al.,
+"Prototype Augmented Hypernetworks for Continual Learning", arXiv 2505.07450 (2025).
+
+The file reads from top to bottom: data, tasks, model, losses, metrics, training, results and pictures, command line.
+"""
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Problem(Exception):
+    """Something the user can put right: `main` prints it as one line and exits with code 2."""
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary name beside `path`; what was written there becomes `path` only when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def downloads(root, what):
+    """Yields a scratch folder in `root`. Turns a network error inside into one line with the way out."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield Path(scratch)
+        except (OSError, RuntimeError) as error:
+            raise Problem(f"cannot download ({one_line(error)}); put {what} into {root} by hand, or try "
+                          "--dataset synthetic, which needs no download") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: every data set becomes uint8 tensors, (N, 3, S, S), decoded once and cached in one file
+
+Data = namedtuple("Data", "train_images train_labels test_images test_labels classes")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all data sets: no look at future tasks
+CACHE_FORMAT = 1
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+TINY_COUNTS = {"train": 100_000, "val": 10_000}
+
+
+def load_dataset(name, root="data", image_size=None):
+    """Read a data set, from its cache in `root` where there is one.
+
+    Args:
+        name: "cifar100", "tinyimagenet", "mnist", "synthetic", or a folder with train/ and val/, one sub-folder a class.
+        root: folder that holds (or receives) the downloads and the caches.
+        image_size: side in pixels; None keeps the data set's own (64 for folders).
+
+    Returns:
+        Data: uint8 images (N, 3, S, S) and int64 labels (N,) for training and test, and the class names.
+
+    Raises:
+        Problem: with one line that says what is wrong with the files and what to do.
+    """
+    root = Path(root)
+    if name == "synthetic":
+        return synthetic(image_size or 16)
+    if name not in ("cifar100", "tinyimagenet", "mnist") and not Path(name).is_dir():
+        raise Problem(f"--dataset {name}: not a data set (cifar100, tinyimagenet, mnist, synthetic) and not a folder")
+    size = image_size or {"cifar100": 32, "mnist": 32}.get(name, 64)
+    if name in ("cifar100", "tinyimagenet", "mnist"):
+        stem, signature = f"{name}-{size}", f"{CACHE_FORMAT} {name} {size}"
+    else:
+        folder = Path(name).resolve()
+        files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
+                       for split in ("train", "val") for p in (folder / split).rglob("*") if p.is_file())
+        stem, signature = f"{folder.name}-{size}", f"{CACHE_FORMAT} {folder} {size} {hashlib.md5(repr(files).encode()).hexdigest()}"
+    cache = root / f"{stem}.npz"
+    if cache.exists():
+        try:  # a zip file checks the CRC of all that is read from it
+            with np.load(cache, allow_pickle=False) as f:
+                if str(f["signature"]) == signature:
+                    return Data(*(torch.from_numpy(f[key]) for key in Data._fields[:4]), f["classes"].tolist())
+                print(f"{cache} is of other files or settings: rebuilding it", file=sys.stderr)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            print(f"{cache} is damaged ({error}): rebuilding it", file=sys.stderr)
+    read = {"cifar100": read_torchvision, "mnist": read_torchvision, "tinyimagenet": read_tinyimagenet}
+    data = read.get(name, read_folder)(name, root, size)
+    root.mkdir(parents=True, exist_ok=True)
+    arrays = {key: value.numpy() for key, value in zip(Data._fields, data[:4])}
+    with written_whole(cache) as temporary, open(temporary, "wb") as f:
+        np.savez(f, **arrays, classes=np.array(data.classes), signature=np.array(signature))
+    return data
+
+
+def synthetic(size=16, classes=20, train=200, test=50):
+    """Coloured blobs: a class is a smooth random pattern, an image is that pattern shifted, dimmed, mixed with another
+    random pattern and drowned in noise. Deterministic, the same on every machine. Returns Data."""
+    generator = torch.Generator().manual_seed(0)
+
+    def patterns(n):
+        coarse = torch.randn(n, 3, 5, 5, generator=generator)
+        return F.interpolate(coarse, 2 * size, mode="bicubic", align_corners=False).clamp(-2, 2)
+
+    pattern = patterns(classes)
+
+    def draw(per_class):
+        labels = torch.arange(classes).repeat_interleave(per_class)
+        n = len(labels)
+        corner = torch.randint(size // 2 - size // 4, size // 2 + size // 4 + 1, (n, 2), generator=generator)
+        rows, columns = (corner[:, i, None] + torch.arange(size) for i in (0, 1))
+        x = pattern[labels][torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+        x = x * (0.6 + 0.4 * torch.rand(n, 1, 1, 1, generator=generator)) + 0.7 * patterns(n)[:, :, :size, :size]
+        x = x + 0.5 * torch.randn(x.shape, generator=generator)
+        return (128 + 40 * x).clamp(0, 255).to(torch.uint8), labels
+
+    return Data(*draw(train), *draw(test), [f"blob {i}" for i in range(classes)])
+
+
+def read_torchvision(name, root, size):
+    """CIFAR-100 and MNIST through torchvision, which checks their MD5 sums. Greyscale becomes three equal channels."""
+    from torchvision import datasets
+    cls, home, archives = {
+        "cifar100": (datasets.CIFAR100, "cifar-100-python", ["cifar-100-python.tar.gz"]),
+        "mnist": (datasets.MNIST, "MNIST", [f"MNIST/raw/{file}" for file, _ in datasets.MNIST.resources]),
+    }[name]
+    try:
+        if not (root / home).exists():
+            with downloads(root, " and ".join(archives)) as scratch:
+                for archive in archives:  # put there by hand, for machines without a network
+                    if (root / archive).exists():
+                        (scratch / archive).parent.mkdir(parents=True, exist_ok=True)
+                        os.symlink((root / archive).resolve(), scratch / archive)
+                cls(scratch, train=True, download=True)
+                os.replace(scratch / home, root / home)
+        train, test = cls(root, train=True), cls(root, train=False)
+    except (RuntimeError, AssertionError, ValueError, EOFError) as error:
+        raise Problem(f"{root / home}: not the published files ({one_line(error)}); delete it and run again") from error
+
+    def images(split):
+        x = torch.as_tensor(split.data)
+        x = x.movedim(-1, 1) if x.ndim == 4 else x[:, None].expand(-1, 3, -1, -1)
+        if x.shape[-1] != size:
+            x = F.interpolate(x.float(), size, mode="bilinear", antialias=True, align_corners=False).round()
+        return x.to(torch.uint8).contiguous()
+
+    return Data(images(train), torch.as_tensor(train.targets), images(test), torch.as_tensor(test.targets),
+                list(train.classes))
+
+
+def read_tinyimagenet(name, root, size):
+    """TinyImageNet from DIR/tiny-imagenet-200/ or DIR/tiny-imagenet-200.zip (fetched if neither is there). The test set
+    is the labelled `val` images. Classes are in the order of their WordNet ids."""
+    from torchvision.datasets.utils import check_integrity, download_url
+    folder, archive = root / "tiny-imagenet-200", root / "tiny-imagenet-200.zip"
+    if folder.is_dir():
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".JPEG", ".txt")]
+        read = lambda member: (folder / member).read_bytes()
+    else:
+        if not archive.exists():
+            with downloads(root, TINY_URL) as scratch:
+                download_url(TINY_URL, scratch, archive.name, TINY_MD5)
+                os.replace(scratch / archive.name, archive)
+        if not check_integrity(str(archive), TINY_MD5):
+            raise Problem(f"{archive}: its MD5 is not {TINY_MD5}; delete it and run again to fetch it")
+        source = zipfile.ZipFile(archive)
+        names = [n.split("/", 1)[1] for n in source.namelist() if n.endswith((".JPEG", ".txt"))]
+        read = lambda member: source.read(f"tiny-imagenet-200/{member}")
+    lines = read("val/val_annotations.txt").decode().splitlines() if "val/val_annotations.txt" in names else []
+    label_of = {f"val/images/{line.split()[0]}": line.split()[1] for line in lines}
+    train = sorted(n for n in names if n.startswith("train/") and n.endswith(".JPEG"))
+    test = sorted(n for n in names if n in label_of)
+    for split, found in ("train", train), ("val", test):
+        if len(found) != TINY_COUNTS[split]:
+            raise Problem(f"{folder}: {len(found):,} of {TINY_COUNTS[split]:,} {split} images are there; "
+                          "delete the folder and unpack tiny-imagenet-200.zip again")
+    wnids = sorted({n.split("/")[1] for n in train})
+    words = dict(line.split("\t")[:2] for line in read("words.txt").decode().splitlines()) if "words.txt" in names else {}
+    index = {wnid: i for i, wnid in enumerate(wnids)}
+    images = decode([(n, lambda n=n: read(n)) for n in train + test], size)
+    return Data(images[:len(train)], torch.tensor([index[n.split("/")[1]] for n in train]),
+                images[len(train):], torch.tensor([index[label_of[n]] for n in test]),
+                [words.get(wnid, wnid).split(",")[0] for wnid in wnids])
+
+
+def read_folder(name, root, size):
+    """A folder with train/ and val/, one sub-folder a class (torchvision.datasets.ImageFolder)."""
+    from torchvision.datasets import ImageFolder
+    splits = []
+    for split in ("train", "val"):
+        if not (Path(name) / split).is_dir():
+            raise Problem(f"--dataset {name}: no folder {split}/ in it (train/ and val/ are needed, one folder a class)")
+        try:
+            splits.append(ImageFolder(str(Path(name) / split)))
+        except FileNotFoundError as error:  # no classes at all, or a class without images, which it names
+            raise Problem(f"--dataset {name}: in {split}/: {one_line(error)}") from error
+    train, test = splits
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise Problem(f"--dataset {name}: train/ and val/ differ in the classes {', '.join(odd[:5])}")
+    images = decode([(path, Path(path).read_bytes) for path, _ in train.samples + test.samples], size)
+    return Data(images[:len(train)], torch.tensor(train.targets), images[len(train):], torch.tensor(test.targets),
+                train.classes)
+
+
+def decode(files, size):
+    """[(name, function that returns the file's bytes)] -> uint8 (N, 3, size, size), on all cores. Images of another
+    size are cropped to a square about their centre and resized."""
+    import io
+
+    from PIL import Image, ImageOps
+    out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    live = sys.stderr.isatty()
+
+    def one(i):
+        name, read = files[i]
+        try:
+            with Image.open(io.BytesIO(read())) as image:
+                if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys instead of scaling them
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
+                if image.size != (size, size):
+                    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+                out[i] = torch.from_numpy(np.array(image)).movedim(-1, 0)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise Problem(f"{name}: not a readable image ({one_line(error)}); replace or delete it") from error
+        if live and i % 1000 == 0:
+            print(f"\rdecoding {i:,} of {len(files):,} images", end="", file=sys.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
+        for _ in pool.map(one, range(len(files))):
+            pass
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    return out
+
+
+def normalise(images):
+    """uint8 (..., 3, H, W) -> float32, each channel with about zero mean and unit variance."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def augment(images, pad, flip=True):
+    """A random crop after zero-padding by `pad`, and a random mirror image, for each of the uint8 images (B, C, H, W)
+    on its own. Runs on the images' device without waiting for it."""
+    b, c, h, w = images.shape
+    device = images.device
+    rows = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(h, device=device)
+    columns = torch.randint(2 * pad + 1, (b, 1), device=device) + torch.arange(w, device=device)
+    if flip:
+        columns = torch.where(torch.rand(b, 1, device=device) < 0.5, columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    sample, channel = torch.arange(b, device=device)[:, None, None, None], torch.arange(c, device=device)[:, None, None]
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+Task = namedtuple("Task", "classes train_images train_labels test_images test_labels")
+
+
+def split_tasks(data, tasks, seed=None, val_fraction=0.0):
+    """Cut a data set into tasks of equally many classes.
+
+    Args:
+        data: Data.
+        tasks: their number K; it must divide the number of classes.
+        seed: None takes the classes in the order of their labels, a number shuffles them.
+        val_fraction: > 0 holds out that part of each class's *training* images and puts it in the test set's place, to
+            choose hyper-parameters on. The same images every time.
+
+    Returns:
+        list of K Tasks; labels count from 0 to C-1 within each task.
+    """
+    n = len(data.classes)
+    if tasks > n or n % tasks:
+        fitting = [d for d in range(1, n + 1) if n % d == 0]
+        raise Problem(f"--tasks {tasks}: {n} classes do not divide into {tasks} tasks (any of {fitting} would do)")
+    order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    train_rows = [torch.nonzero(data.train_labels == c).flatten() for c in range(n)]
+    test_rows = [torch.nonzero(data.test_labels == c).flatten() for c in range(n)]
+    test_images = data.test_images
+    if val_fraction:
+        generator, test_images = torch.Generator().manual_seed(0), data.train_images
+        for c, rows in enumerate(train_rows):
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            held_out = max(1, round(val_fraction * len(rows)))
+            train_rows[c], test_rows[c] = rows[held_out:].sort().values, rows[:held_out].sort().values
+    for name, rows in ("training", train_rows), ("validation" if val_fraction else "test", test_rows):
+        for c in range(n):
+            if not len(rows[c]):
+                raise Problem(f"class {data.classes[c]!r} has no {name} images")
+    out = []
+    for members in order.view(tasks, -1).tolist():
+        pick = lambda images, rows: (images[torch.cat([rows[c] for c in members])],
+                                     torch.cat([torch.full((len(rows[c]),), i) for i, c in enumerate(members)]))
+        out.append(Task([data.classes[c] for c in members], *pick(data.train_images, train_rows),
+                        *pick(test_images, test_rows)))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 without its classifier: images (B, 3, H, W) -> features (B, 8 * width).
+
+    Parameter names are torchvision's: `stem="7x7"` (stride 2 and max-pool) at `width=64` takes its weights.
+    `stem="3x3"` (stride 1, no pooling) is what the field uses at 32 and 64 pixels. `features` is D.
+    """
+
+    def __init__(self, width=64, stem="3x3"):
+        super().__init__()
+        self.features = 8 * width
+        if stem == "7x7":
+            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(width)
+        layer = lambda i, o, stride: nn.Sequential(BasicBlock(i, o, stride), BasicBlock(o, o, 1))
+        self.layer1 = layer(width, width, 1)
+        self.layer2 = layer(width, 2 * width, 2)
+        self.layer3 = layer(2 * width, 4 * width, 2)
+        self.layer4 = layer(4 * width, 8 * width, 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean((2, 3))
+
+
+class Hypernetwork(nn.Module):
+    """H of Eq. 2: task embeddings (..., E) -> heads (..., C, D), through two hidden layers of ReLUs.
+
+    For embeddings of unit mean square the heads start with the standard deviation of nn.Linear's weights, 1/sqrt(3D).
+    """
+
+    def __init__(self, embedding, classes, features, hidden=64):
+        super().__init__()
+        self.shape = classes, features
+        self.body = nn.Sequential(nn.Linear(embedding, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.out = nn.Linear(hidden, classes * features)
+        for layer, std in zip((self.body[0], self.body[2], self.out), (
+                math.sqrt(2 / embedding), math.sqrt(2 / hidden), 1 / math.sqrt(3 * features * hidden))):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, embedding):
+        return self.out(self.body(embedding)).unflatten(-1, self.shape)
+
+
+class PAH(nn.Module):
+    """Backbone, hypernetwork and prototypes.
+
+    Args:
+        backbone: any module that maps images (B, 3, H, W) to (B, D); D is its attribute `features`, or given here.
+        tasks, classes: K tasks of C classes each.
+        proto_size, proto_channels: a prototype is a (channels, s, s) image; channels is 3 or 1 (grey).
+        hidden: width of the hypernetwork's two hidden layers.
+        head: "hyper", or the control "stored": one linear head a task instead of the hypernetwork.
+        embedding: "prototypes", or the control "vector": a free vector of the same size, which is no image.
+
+    `prototypes` is (K, C, channels, s, s). Rows of tasks that have not begun are zero and get no gradient.
+    """
+
+    def __init__(self, backbone, tasks, classes, features=None, proto_size=10, proto_channels=3, hidden=64,
+                 head="hyper", embedding="prototypes"):
+        super().__init__()
+        features = features or backbone.features
+        self.backbone = backbone
+        self.distils_prototypes = head == "hyper" and embedding == "prototypes"
+        if head == "hyper":
+            self.prototypes = nn.Parameter(torch.zeros(tasks, classes, proto_channels, proto_size, proto_size))
+            self.hypernetwork = Hypernetwork(classes * proto_channels * proto_size**2, classes, features, hidden)
+        else:
+            bound = 1 / math.sqrt(features)
+            self.stored = nn.Parameter(torch.empty(tasks, classes, features).uniform_(-bound, bound))
+        self.frozen_heads = None
+
+    def heads(self, n):
+        """The heads of the first n tasks (None: of all), (n, C, D), generated now (by a frozen model: once)."""
+        if self.frozen_heads is not None:
+            return self.frozen_heads[:n]
+        if hasattr(self, "stored"):
+            return self.stored[:n]
+        return self.hypernetwork(self.prototypes[:n].flatten(1))  # Eqs. 3 and 2
+
+    def forward(self, images, task):
+        """Logits (B, C) of normalised images with the head of `task` (Eq. 1)."""
+        return self.backbone(images).float() @ self.heads(task + 1)[task].T
+
+    @torch.no_grad()
+    def begin_task(self, task, images, labels, init="semantic"):
+        """Set the prototypes of `task`: a random training image of each class, resized and normalised, or noise.
+
+        Args:
+            images, labels: the task's training set, uint8 (N, 3, H, W) and class numbers 0..C-1.
+            init: "semantic" or "random" (standard normal).
+        """
+        if hasattr(self, "stored"):
+            return
+        if init == "random" or not self.distils_prototypes:
+            self.prototypes[task] = torch.randn_like(self.prototypes[task])
+            return
+        _, classes, channels, size, _ = self.prototypes.shape
+        for c in range(classes):
+            rows = torch.nonzero(labels == c).flatten()
+            image = normalise(images[rows[torch.randint(len(rows), ())]])
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+            self.prototypes[task, c] = image if channels == 3 else image.mean(0, keepdim=True)
+
+    def freeze(self, tasks):
+        """A copy for the next task to be taught by: eval mode, no gradients, heads of the first `tasks` generated."""
+        teacher = copy.deepcopy(self).eval().requires_grad_(False)
+        teacher.frozen_heads = teacher.heads(tasks)
+        return teacher
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+def distillation(new, old, temperature=2.0):
+    """KL(old || new) between softened logits (..., C), times T^2 (Hinton et al. 2015). Returns (...,)."""
+    new, old = F.log_softmax(new / temperature, -1), F.log_softmax(old / temperature, -1)
+    return temperature**2 * F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
+
+
+def soft_loss_prototypes(model, teacher, n, temperature=2.0):
+    """L_sp (Eq. 6): the prototypes of the first n tasks as input images, student against teacher, each with the head
+    that it generates for that task; mean over a task's prototypes, sum over tasks. Its gradient reaches those
+    prototypes alone: the student's weights are constants here, and its BatchNorm uses its running statistics."""
+    prototypes = model.prototypes[:n]
+    constants = lambda module: {name: p.detach() for name, p in module.named_parameters()}
+    images = prototypes.flatten(0, 1).expand(-1, 3, -1, -1)
+    training = model.backbone.training
+    model.backbone.eval()
+    new = torch.func.functional_call(model.backbone, constants(model.backbone), images)
+    model.backbone.train(training)
+    heads = torch.func.functional_call(model.hypernetwork, constants(model.hypernetwork), prototypes.flatten(1).float())
+    with torch.no_grad():
+        old = teacher.backbone(images)
+    logits = lambda features, heads: torch.einsum("npd,ncd->npc", features.float().unflatten(0, (n, -1)), heads.float())
+    return distillation(logits(new, heads), logits(old, teacher.heads(n)), temperature).mean(1).sum()
+
+
+def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, smoothing=0.0):
+    """L = L_hm + lam L_sm + mu L_sp on one batch.
+
+    Args:
+        model, teacher: the PAH in training and the frozen one from the end of the task before (None in the first).
+        images, labels: normalised images (B, 3, H, W), class numbers within the task (B,).
+        task: the task's number k, counted from 0; or a tensor (B,) of them, one an image (joint training).
+
+    Returns:
+        the loss to minimise, and the three losses as a detached tensor (3,).
+    """
+    n = 0 if teacher is None else task  # earlier tasks
+    features = model.backbone(images).float()
+    heads = model.heads(task + 1 if isinstance(task, int) else None)
+    logits = torch.einsum("bd,ncd->bnc", features, heads.float())
+    own = logits[torch.arange(len(labels), device=labels.device), task]
+    l_hm = F.cross_entropy(own, labels, label_smoothing=smoothing)  # Eq. 4
+    l_sm = l_sp = torch.zeros((), device=images.device)
+    if n and lam:  # Eq. 5: mean over the batch, sum over the earlier tasks
+        with torch.no_grad():
+            old = torch.einsum("bd,ncd->bnc", teacher.backbone(images).float(), teacher.heads(n).float())
+        l_sm = distillation(logits[:, :n], old, temperature).mean(0).sum()
+    if n and mu and model.distils_prototypes:
+        l_sp = soft_loss_prototypes(model, teacher, n, temperature)
+    return l_hm + lam * l_sm + mu * l_sp, torch.stack([l_hm, l_sm, l_sp]).detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics: R as nested lists, row k with k+1 percentages: R[k][j] is the accuracy on task j after task k
+
+def average_accuracy(R):
+    """AA: mean of the last row, in percent."""
+    return sum(R[-1]) / len(R[-1])
+
+
+def forgetting(R):
+    """FM: mean over the earlier tasks of (best accuracy before the last task - accuracy now), in percent; 0 after one
+    task (Chaudhry et al. 2018, "Riemannian walk")."""
+    last = len(R) - 1
+    return sum(max(R[l][j] for l in range(j, last)) - R[last][j] for j in range(last)) / max(1, last)
+
+
+def backward_transfer(R):
+    """BWT: mean over the earlier tasks of (accuracy now - accuracy when just learned), in percent; 0 after one task
+    (Lopez-Paz and Ranzato 2017)."""
+    last = len(R) - 1
+    return sum(R[last][j] - R[j][j] for j in range(last)) / max(1, last)
+
+
+def learning_accuracy(R):
+    """LA: mean accuracy on each task just after it was learned, in percent."""
+    return sum(row[-1] for row in R) / len(R)
+
+
+@torch.inference_mode()
+def evaluate(model, task, images, labels, precision="fp32", batch_size=500):
+    """Percentage of correct answers on one task, in eval mode, its head generated now; the model's mode is left as it
+    was. Images are uint8 (N, 3, H, W), labels (N,)."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    right = 0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        with autocast(device, precision):
+            right = right + (model(normalise(x.to(device)), task).argmax(1) == y.to(device)).sum()
+    model.train(training)
+    return 100 * int(right) / len(labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def autocast(device, precision):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay):
+    """AdamW. Matrices and filters decay; biases, BatchNorm and prototypes do not."""
+    backbone = list(model.backbone.parameters())
+    groups = [dict(params=[p for p in backbone if p.ndim > 1], lr=lr, weight_decay=weight_decay),
+              dict(params=[p for p in backbone if p.ndim <= 1], lr=lr, weight_decay=0)]
+    if hasattr(model, "stored"):
+        groups += [dict(params=[model.stored], lr=lr, weight_decay=weight_decay)]
+    else:
+        groups += [dict(params=model.hypernetwork.parameters(), lr=hyper_lr, weight_decay=weight_decay),
+                   dict(params=[model.prototypes], lr=proto_lr, weight_decay=0)]
+    return torch.optim.AdamW(groups)
+
+
+def train_task(model, teacher, task, images, labels, args, progress):
+    """Train on one task: the only place where training images are read, and it is given those of this task alone.
+
+    Args:
+        model, teacher: PAH, and its frozen copy from the end of the task before (None in the first).
+        task: the task's number k, counted from 0; None trains all tasks at once, with labels k * C + class.
+        images, labels: uint8 (N, 3, H, W) and (N,).
+        args: the command line's options.
+        progress: called as progress(epoch, step, losses), losses being the steps' (L_hm, L_sm, L_sp) so far, (steps, 3).
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
+        images = images.to(device)
+    labels = labels.to(device)
+    n, batch = len(images), min(args.batch_size, len(images))
+    steps = n // batch  # the rest of an epoch's random order is dropped
+    optimizer = make_optimizer(model, args.lr, args.hyper_lr, args.proto_lr, args.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups],
+                                                   total_steps=steps * args.epochs + 1)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    losses = torch.zeros(steps * args.epochs, 3, device=device)
+    model.train()
+    for epoch in range(args.epochs):
+        order = torch.randperm(n, device=images.device)[:steps * batch].view(steps, batch)
+        for i, rows in enumerate(order):
+            step = epoch * steps + i
+            x = images[rows].to(device, non_blocking=True)
+            y = labels[rows.to(device)]
+            if args.augment != "none":
+                x = augment(x, pad=x.shape[-1] // 8, flip=args.augment == "crop-flip")
+            k = task
+            if task is None:
+                k, y = y // args.classes, y % args.classes
+            with autocast(device, args.precision):
+                loss, losses[step] = joint_loss(model, teacher, normalise(x), y, k, args.lam, args.mu,
+                                                args.temperature, args.label_smoothing)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress(epoch, step, losses)
+
+
+class Progress:
+    """The line that says how the run goes: updated in place on a terminal, once an epoch elsewhere."""
+
+    def __init__(self, args, tasks):
+        self.args, self.tasks, self.live = args, tasks, sys.stdout.isatty()
+
+    def begin(self, task, images, runs_left):
+        self.task, self.start, self.shown = task, time.perf_counter(), 0.0
+        self.steps = max(1, images // self.args.batch_size) * self.args.epochs
+        self.runs_left = runs_left
+
+    def __call__(self, epoch, step, losses):
+        now = time.perf_counter()
+        last = (step + 1) % (self.steps // self.args.epochs) == 0
+        if not (last or self.live and now - self.shown > 0.5):
+            return
+        self.shown = now
+        done = losses[:step + 1]
+        if not done.isfinite().all():
+            bad = int((~done.isfinite()).any(1).nonzero()[0])
+            raise Problem(f"the loss is not a number any more: task {self.task + 1}, epoch "
+                          f"{bad // (self.steps // self.args.epochs) + 1}, step {bad + 1}; try a lower --lr, "
+                          "or --precision fp32")
+        l_hm, l_sm, l_sp = done[-50:].mean(0).tolist()
+        seconds = (now - self.start) / (step + 1)
+        whole = seconds * self.steps * (1.3 if self.task == 0 and self.tasks > 1 else 1)  # no teacher in task 1
+        left = seconds * (self.steps - step - 1) + whole * (self.tasks - self.task - 1 + self.runs_left * self.tasks)
+        line = (f"task {self.task + 1}/{self.tasks} epoch {epoch + 1}/{self.args.epochs}  hm {l_hm:.3f} sm {l_sm:.3f} "
+                f"sp {l_sp:.3f}  {self.args.batch_size / seconds:,.0f} img/s  {duration(left)} left")
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def clear(self):
+        print("\r\033[K" if self.live else "", end="", flush=True)
+
+
+def duration(seconds):
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+def build(args):
+    """A fresh PAH as the options say (its tasks and classes among them)."""
+    backbone = ResNet18(args.width, args.stem)
+    if args.pretrained:
+        from torchvision.models import ResNet18_Weights
+        try:
+            backbone.load_state_dict({k: v for k, v in ResNet18_Weights.DEFAULT.get_state_dict(progress=False).items()
+                                      if not k.startswith("fc.")})
+        except OSError as error:
+            raise Problem(f"--pretrained: cannot fetch the weights ({one_line(error)}); put "
+                          f"{ResNet18_Weights.DEFAULT.url} into {torch.hub.get_dir()}/checkpoints") from error
+    return PAH(backbone, args.tasks, args.classes, proto_size=args.proto_size, proto_channels=args.proto_channels,
+               hidden=args.hidden, head=args.head, embedding=args.embedding)
+
+
+SAME_RESULT = {"out", "data", "seeds", "resume", "device"}  # options that may change between a run and its --resume
+
+
+def read_checkpoint(path):
+    """checkpoint.pt as a dict, or a Problem. Tensors and plain values only: nothing in it can run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != 1:
+            raise ValueError(f"format {checkpoint['format']}, not 1")
+        return checkpoint
+    except FileNotFoundError as error:
+        raise Problem(f"{path}: no such file") from error
+    except Exception as error:  # what torch.load raises on a damaged file has no common class
+        raise Problem(f"{path}: damaged or not a PAH checkpoint ({one_line(error)[:80]}); delete it to start this seed "
+                      "again") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """The model that a run left behind, in eval mode: `load_checkpoint(path)(images, task)` gives logits.
+
+    Returns PAH; raises Problem if the file is damaged."""
+    checkpoint = read_checkpoint(path)
+    model = build(argparse.Namespace(**checkpoint["args"] | {"pretrained": False}))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
+
+
+def run(args, seed, tasks, runs_left=0):
+    """One seed: train on the tasks in turn, evaluate after each, leave results.json, checkpoint.pt and prototypes.png
+    in OUT/seed<S>. Returns what results.json holds."""
+    folder = Path(args.out) / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = {name: folder / name for name in ("results.json", "checkpoint.pt", "prototypes.png", "prototypes-initial.pt")}
+    device = torch.device(args.device)
+    torch.manual_seed(seed)
+    model = build(args).to(device)
+    model.backbone.to(memory_format=torch.channels_last)
+    state = {"format": 1, "args": vars(args) | {"out": str(args.out)}, "seed": seed, "tasks_done": 0, "accuracy": [],
+             "seconds": 0.0, "images": 0, "training_seconds": 0.0}
+    initial = torch.zeros_like(model.prototypes.detach()).cpu() if model.distils_prototypes else None
+    if file["checkpoint.pt"].exists():
+        saved = read_checkpoint(file["checkpoint.pt"])
+        differing = [f"--{k.replace('_', '-')} ({saved['args'].get(k)} there, {v} now)" for k, v in state["args"].items()
+                     if k not in SAME_RESULT and saved["args"].get(k) != v]
+        if not args.resume or differing:
+            raise Problem(f"{folder} holds " + (
+                f"a run with other options: {', '.join(differing)}; give those, or another --out" if args.resume else
+                "a finished run: give another --out, or delete it" if saved["tasks_done"] == len(tasks) else
+                f"an unfinished run, {saved['tasks_done']} of {len(tasks)} tasks: add --resume to go on, or give "
+                "another --out"))
+        model.load_state_dict(saved.pop("model"))
+        state = saved
+        if initial is not None and file["prototypes-initial.pt"].exists():
+            initial = torch.load(file["prototypes-initial.pt"], weights_only=True)
+    R, progress = state["accuracy"], Progress(args, 1 if args.joint else len(tasks))
+    rounds = [len(tasks) - 1] if args.joint else range(args.tasks if args.stop_after is None else args.stop_after)
+    for k in rounds:
+        if k < state["tasks_done"]:
+            continue
+        start = time.perf_counter()
+        torch.manual_seed(1_000_003 * (seed + 1) + k)  # a task's randomness depends on nothing that came before it
+        teacher = model.freeze(k) if k and not args.joint and (args.lam or args.mu) else None
+        for i in range(k + 1) if args.joint else [k]:
+            model.begin_task(i, tasks[i].train_images, tasks[i].train_labels, args.proto_init)
+            if initial is not None:
+                initial[i] = model.prototypes[i].detach()
+        if args.joint:
+            images = torch.cat([t.train_images for t in tasks])
+            labels = torch.cat([t.train_labels + i * args.classes for i, t in enumerate(tasks)])
+        else:
+            images, labels = tasks[k].train_images, tasks[k].train_labels
+        progress.begin(0 if args.joint else k, len(images), runs_left)
+        train_task(model, teacher, None if args.joint else k, images, labels, args, progress)
+        progress.clear()
+        trained = time.perf_counter() - start
+        R.append([evaluate(model, j, tasks[j].test_images, tasks[j].test_labels, args.precision) for j in range(k + 1)])
+        state["tasks_done"] = k + 1
+        state["images"] += len(images) // min(len(images), args.batch_size) * min(len(images), args.batch_size) * args.epochs
+        state["training_seconds"] += trained
+        state["seconds"] += time.perf_counter() - start
+        print(f"task {k + 1:>2}/{len(tasks)}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
+              f"{duration(state['seconds'])}  |" + "".join(f" {a:.1f}" for a in R[-1]), flush=True)
+        if initial is not None:
+            with written_whole(file["prototypes-initial.pt"]) as temporary:
+                torch.save(initial, temporary)
+            with written_whole(file["prototypes.png"]) as temporary:
+                draw_prototypes(temporary, initial[:k + 1], model.prototypes[:k + 1].detach().cpu(), tasks)
+        with written_whole(file["checkpoint.pt"]) as temporary:
+            torch.save(state | {"model": model.state_dict()}, temporary)
+        with written_whole(file["results.json"]) as temporary:
+            temporary.write_text(json.dumps(summary(state, model, complete=k == rounds[-1]), indent=1) + "\n")
+    return json.loads(file["results.json"].read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results and pictures
+
+def summary(state, model, complete):
+    """What results.json holds, from a checkpoint's state."""
+    R, joint = state["accuracy"], state["args"]["joint"]  # joint training has one row, and nothing to forget
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    prototypes = getattr(model, "prototypes", torch.empty(0, 0))
+    if next(model.parameters()).device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "args": state["args"], "seed": state["seed"], "accuracy": R, "AA": average_accuracy(R),
+        "FM": None if joint else forgetting(R), "BWT": None if joint else backward_transfer(R),
+        "LA": None if joint else learning_accuracy(R), "seconds": state["seconds"],
+        "images_per_second": state["images"] / state["training_seconds"], "peak_memory_bytes": peak,
+        "parameters": {"backbone": count(model.backbone),
+                       "hypernetwork": count(model.hypernetwork) if hasattr(model, "hypernetwork") else 0,
+                       "prototypes": prototypes.numel(), "prototypes_per_task": prototypes[0].numel() if len(prototypes) else 0},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and state["args"]["device"] == "cuda"
+        else f"{state['args']['device']}, {torch.get_num_threads()} threads", "complete": complete,
+    }
+
+
+def draw_prototypes(path, initial, learned, tasks, scale=4):
+    """A grid of all prototypes: for each task a row as initialised and below it a row as learned. Prototypes are
+    (k, C, channels, s, s), normalised; `tasks` gives the classes' names."""
+    from PIL import Image, ImageDraw
+    pairs = torch.stack([initial, learned], 1).expand(-1, -1, -1, 3, -1, -1)  # (k, 2, C, 3, s, s)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    pixels = ((pairs * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    k, _, classes, _, s, _ = pixels.shape
+    tile, label, gap = max(s * scale, 48), 12, 6
+    block = label + 2 * (tile + 2) + gap
+    picture = Image.new("RGB", (classes * (tile + 2) + gap, k * block + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for t in range(k):
+        for c in range(classes):
+            x, y = gap + c * (tile + 2), gap + t * block
+            draw.text((x, y), str(tasks[t].classes[c])[:9], fill="black", font_size=9)
+            for row in range(2):
+                image = Image.fromarray(pixels[t, row, c].movedim(0, -1).numpy())
+                picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (x, y + label + row * (tile + 2)))
+    picture.save(path, format="PNG")
+
+
+def mean_std(values):
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+# What a data set changes: tasks, and where the images are easy or small, what suffices for them.
+DEFAULTS = {"cifar100": {}, "tinyimagenet": {}, "mnist": dict(tasks=5, epochs=2, width=16, augment="crop"),
+            "synthetic": dict(tasks=5, epochs=8, width=16)}
+
+
+def number(kind, low, high, above=False):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high:
+            bound = f"above {low:g}" if above else f"from {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number "
+                                             f"{bound} to {high:g}")
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        raise Problem(message.removeprefix("argument "))
+
+
+def parse_args(argv=None):
+    count, rate = number(int, 1, 100_000), number(float, 0, 100, above=True)
+    weight, fraction = number(float, 0, 1000), number(float, 0, 0.9)
+    p = Parser(description="Prototype-Augmented Hypernetworks for continual learning (arXiv 2505.07450).",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    g = p.add_argument_group("data and tasks")
+    g.add_argument("--dataset", default="cifar100", metavar="NAME",
+                   help="cifar100, tinyimagenet, mnist, synthetic, or a folder with train/ and val/")
+    g.add_argument("--data", default="data", metavar="DIR", help="where data sets and their caches are")
+    g.add_argument("--tasks", type=count, metavar="K", default=10, help="number of tasks (mnist, synthetic: 5)")
+    g.add_argument("--image-size", type=number(int, 8, 1024), metavar="S", help="side in pixels; default: the data set's")
+    g.add_argument("--shuffle-classes", action="store_true", help="order of classes by seed instead of by label")
+    g.add_argument("--val-fraction", type=fraction, default=0.0, metavar="F",
+                   help="evaluate on this part of the training images, held out, instead of the test set")
+    g.add_argument("--stop-after", type=count, metavar="N", help="stop after N of the K tasks")
+    g = p.add_argument_group("method")
+    g.add_argument("--lam", type=weight, default=1.0, help="weight of L_sm (Eq. 5)")
+    g.add_argument("--mu", type=weight, default=1.0, help="weight of L_sp (Eq. 6)")
+    g.add_argument("--temperature", type=rate, default=2.0, metavar="T", help="of the distillation")
+    g.add_argument("--proto-size", type=number(int, 1, 256), default=10, metavar="S", help="side of a prototype")
+    g.add_argument("--proto-channels", type=int, choices=(1, 3), default=3, help="1: grey")
+    g.add_argument("--proto-init", choices=("semantic", "random"), default="semantic", help="a training image, or noise")
+    g.add_argument("--hidden", type=count, default=64, metavar="N", help="width of the hypernetwork's two hidden layers")
+    g.add_argument("--head", choices=("hyper", "stored"), default="hyper", help="control: one stored linear head a task")
+    g.add_argument("--embedding", choices=("prototypes", "vector"), default="prototypes",
+                   help="control: a free vector a task, of the same size")
+    g.add_argument("--joint", action="store_true", help="control: all tasks at once, the upper bound")
+    g = p.add_argument_group("backbone")
+    g.add_argument("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7: stride 2 and max-pool, 10 times cheaper")
+    g.add_argument("--width", type=number(int, 1, 1024), default=64, metavar="N", help="D is 8 times this (mnist, synthetic: 16)")
+    g.add_argument("--pretrained", action="store_true", help="torchvision's ImageNet weights; needs --stem 7x7 --width 64")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
+    g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
+    g.add_argument("--lr", type=rate, default=2e-3, help="peak learning rate of the backbone")
+    g.add_argument("--hyper-lr", type=rate, default=2e-3, help="of the hypernetwork")
+    g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
+    g.add_argument("--weight-decay", type=weight, default=0.05)
+    g.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="F")
+    g.add_argument("--augment", choices=("crop-flip", "crop", "none"), default="crop-flip", help="(mnist: crop)")
+    g = p.add_argument_group("run")
+    g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="S", help="run in turn")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                   help="auto: bf16 or fp16 on CUDA, fp32 elsewhere")
+    g.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<tasks>")
+    g.add_argument("--resume", action="store_true", help="go on from the last finished task")
+    given = p.parse_known_args(argv)[0]
+    p.set_defaults(**DEFAULTS.get(given.dataset, {}))
+    args = p.parse_args(argv)
+    for flag, there in ("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available):
+        if args.device == flag and not there():
+            raise Problem(f"--device {flag}: no such device is available here; try --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.precision == "auto":
+        args.precision = "fp32" if args.device != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if args.pretrained and (args.stem, args.width) != ("7x7", 64):
+        raise Problem("--pretrained: needs --stem 7x7 and --width 64, the network whose weights torchvision has")
+    if args.stop_after and args.stop_after > args.tasks:
+        raise Problem(f"--stop-after {args.stop_after}: there are only {args.tasks} tasks")
+    if args.out is None:
+        args.out = f"runs/{Path(args.dataset).resolve().name}-{args.tasks}"
+    return args
+
+
+def main(argv=None):
+    args = None
+    try:
+        args = parse_args(argv)
+        data = load_dataset(args.dataset, args.data, args.image_size)
+        results = []
+        for i, seed in enumerate(args.seeds):
+            tasks = split_tasks(data, args.tasks, seed if args.shuffle_classes else None, args.val_fraction)
+            args.classes = len(tasks[0].classes)
+            print(f"{args.dataset}: {args.tasks} tasks of {args.classes} classes, {len(data.train_images):,} training and "
+                  f"{len(data.test_images):,} test images; seed {seed}, {args.device}, {args.precision}, to "
+                  f"{args.out}/seed{seed}", flush=True)
+            results.append(run(args, seed, tasks, runs_left=len(args.seeds) - 1 - i))
+            report(results[-1])
+        if len(results) > 1:
+            print(f"{len(results)} seeds: " + ", ".join(
+                f"{name} {mean_std([r[name] for r in results])}" for name in ("AA", "FM", "BWT", "LA")
+                if results[0][name] is not None))
+    except KeyboardInterrupt:
+        print("\nstopped; finished tasks are saved: the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except (Problem, OSError, torch.OutOfMemoryError) as error:
+        print(f"pah.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(result):
+    """Print the accuracy matrix and the summary of one results.json."""
+    print("\naccuracy in % on task (column) after task (row)")
+    for k, row in enumerate(result["accuracy"]):
+        print(f"{k + 1:>3} " + "".join(f"{a:>6.1f}" for a in row))
+    print("  ".join(f"{name} {result[name]:.2f}" for name in ("AA", "FM", "BWT", "LA") if result[name] is not None)
+          + f"  time {duration(result['seconds'])}  {result['images_per_second']:,.0f} images/s  "
+          f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
