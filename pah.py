@@ -642,7 +642,8 @@ class Progress:
 
     def begin(self, task, images, runs_left):
         self.task, self.start, self.shown = task, time.perf_counter(), 0.0
-        self.steps = max(1, images // self.args.batch_size) * self.args.epochs
+        self.batch = min(images, self.args.batch_size)
+        self.steps = images // self.batch * self.args.epochs
         self.runs_left = runs_left
 
     def __call__(self, epoch, step, losses):
@@ -662,7 +663,7 @@ class Progress:
         whole = seconds * self.steps * (1.3 if self.task == 0 and self.tasks > 1 else 1)  # no teacher in task 1
         left = seconds * (self.steps - step - 1) + whole * (self.tasks - self.task - 1 + self.runs_left * self.tasks)
         line = (f"task {self.task + 1}/{self.tasks} epoch {epoch + 1}/{self.args.epochs}  hm {l_hm:.3f} sm {l_sm:.3f} "
-                f"sp {l_sp:.3f}  {self.args.batch_size / seconds:,.0f} img/s  {duration(left)} left")
+                f"sp {l_sp:.3f}  {self.batch / seconds:,.0f} img/s  {duration(left)} left")
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def clear(self):
@@ -690,7 +691,7 @@ def build(args):
                hidden=args.hidden, head=args.head, embedding=args.embedding)
 
 
-SAME_RESULT = {"out", "data", "seeds", "resume", "device"}  # options that may change between a run and its --resume
+SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after"}  # options that may change between a run and its --resume
 
 
 def read_checkpoint(path):
@@ -743,7 +744,7 @@ def run(args, seed, tasks, runs_left=0):
         model.load_state_dict(saved.pop("model"))
         state = saved
         if initial is not None and file["prototypes-initial.pt"].exists():
-            initial = torch.load(file["prototypes-initial.pt"], weights_only=True)
+            initial = read_checkpoint(file["prototypes-initial.pt"])["prototypes"]
     R, progress = state["accuracy"], Progress(args, 1 if args.joint else len(tasks))
     rounds = [len(tasks) - 1] if args.joint else range(args.tasks if args.stop_after is None else args.stop_after)
     for k in rounds:
@@ -767,20 +768,20 @@ def run(args, seed, tasks, runs_left=0):
         trained = time.perf_counter() - start
         R.append([evaluate(model, j, tasks[j].test_images, tasks[j].test_labels, args.precision) for j in range(k + 1)])
         state["tasks_done"] = k + 1
-        state["images"] += len(images) // min(len(images), args.batch_size) * min(len(images), args.batch_size) * args.epochs
+        state["images"] += len(images) // (batch := min(len(images), args.batch_size)) * batch * args.epochs
         state["training_seconds"] += trained
         state["seconds"] += time.perf_counter() - start
         print(f"task {k + 1:>2}/{len(tasks)}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
               f"{duration(state['seconds'])}  |" + "".join(f" {a:.1f}" for a in R[-1]), flush=True)
-        if initial is not None:
+        if initial is not None:  # apart from the checkpoint, which holds no image; read for the picture alone
             with written_whole(file["prototypes-initial.pt"]) as temporary:
-                torch.save(initial, temporary)
+                torch.save({"format": 1, "prototypes": initial}, temporary)
             with written_whole(file["prototypes.png"]) as temporary:
                 draw_prototypes(temporary, initial[:k + 1], model.prototypes[:k + 1].detach().cpu(), tasks)
-        with written_whole(file["checkpoint.pt"]) as temporary:
-            torch.save(state | {"model": model.state_dict()}, temporary)
         with written_whole(file["results.json"]) as temporary:
             temporary.write_text(json.dumps(summary(state, model, complete=k == rounds[-1]), indent=1) + "\n")
+        with written_whole(file["checkpoint.pt"]) as temporary:
+            torch.save(state | {"model": model.state_dict()}, temporary)
     return json.loads(file["results.json"].read_text())
 
 
@@ -792,7 +793,8 @@ def summary(state, model, complete):
     R, joint = state["accuracy"], state["args"]["joint"]  # joint training has one row, and nothing to forget
     count = lambda module: sum(p.numel() for p in module.parameters())
     prototypes = getattr(model, "prototypes", torch.empty(0, 0))
-    if next(model.parameters()).device.type == "cuda":
+    device = next(model.parameters()).device
+    if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         import resource
@@ -806,8 +808,8 @@ def summary(state, model, complete):
                        "hypernetwork": count(model.hypernetwork) if hasattr(model, "hypernetwork") else 0,
                        "prototypes": prototypes.numel(), "prototypes_per_task": prototypes[0].numel() if len(prototypes) else 0},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and state["args"]["device"] == "cuda"
-        else f"{state['args']['device']}, {torch.get_num_threads()} threads", "complete": complete,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+        "complete": complete,
     }
 
 
@@ -899,7 +901,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--lr", type=rate, default=2e-3, help="peak learning rate of the backbone")
-    g.add_argument("--hyper-lr", type=rate, default=2e-3, help="of the hypernetwork")
+    g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.05)
     g.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="F")
@@ -952,6 +954,8 @@ def main(argv=None):
         print("\nstopped; finished tasks are saved: the same command with --resume goes on", file=sys.stderr)
         return 130
     except (Problem, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"out of memory ({one_line(error)[:80]}); try a smaller --batch-size or --width"
         print(f"pah.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

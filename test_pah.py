@@ -1,0 +1,697 @@
+"""Tests of pah.py: no network, no GPU, no published data; under three minutes on two cores. CUDA tests run where there
+is CUDA."""
+import copy
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import pah
+from pah import (PAH, Data, Hypernetwork, Problem, ResNet18, average_accuracy, backward_transfer, forgetting,
+                 load_checkpoint, load_dataset, split_tasks)
+
+K, C = 4, 3
+TINY_RUN = ["--dataset", "synthetic", "--width", "4", "--epochs", "1", "--hidden", "8", "--batch-size", "50"]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def fill(model):
+    """Give every prototype a value, as if all tasks had begun, and BatchNorm statistics that matter."""
+    torch.manual_seed(1)
+    if hasattr(model, "prototypes"):
+        model.prototypes.data.normal_()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def pair(**options):
+    """A student in training, its teacher of three earlier tasks (with other weights), and a batch of task 3."""
+    torch.manual_seed(0)
+    options = dict(tasks=K, classes=C, proto_size=6, hidden=8) | options
+    teacher = fill(PAH(ResNet18(4), **options)).freeze(3)
+    model = fill(PAH(ResNet18(4), **options)).train()
+    return model, teacher, torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
+
+
+def softened_kl(new, old, T):
+    """KL(old || new) T^2, written out."""
+    p, q = (old / T).softmax(-1), (new / T).softmax(-1)
+    return T * T * (p * (p.log() - q.log())).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics and tasks
+
+def test_metrics_by_hand():
+    R = [[90.0], [80.0, 70.0], [85.0, 60.0, 50.0]]
+    assert average_accuracy(R) == 65
+    assert forgetting(R) == ((90 - 85) + (70 - 60)) / 2
+    assert backward_transfer(R) == ((85 - 90) + (60 - 70)) / 2
+    assert pah.learning_accuracy(R) == 70
+    later_best = [[50.0], [80.0, 70.0], [60.0, 75.0, 50.0]]  # the best need not be the first; a gain counts against FM
+    assert forgetting(later_best) == ((80 - 60) + (70 - 75)) / 2
+    assert backward_transfer(later_best) == ((60 - 50) + (75 - 70)) / 2
+    assert (average_accuracy([[42.0]]), forgetting([[42.0]]), backward_transfer([[42.0]])) == (42, 0, 0)
+
+
+def counted_data(classes=6, per_class=10):
+    """Every image says which it is: its first pixel is its class, its second its number."""
+    labels = torch.arange(classes).repeat_interleave(per_class)[torch.randperm(classes * per_class)]
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = labels.to(torch.uint8), torch.arange(len(labels)).to(torch.uint8)
+    return Data(images, labels, images + 100, labels.clone(), [f"c{i}" for i in range(classes)])
+
+
+def test_split_tasks():
+    data = counted_data()
+    tasks = split_tasks(data, 3)
+    assert [t.classes for t in tasks] == [["c0", "c1"], ["c2", "c3"], ["c4", "c5"]]
+    for k, task in enumerate(tasks):
+        assert torch.equal(task.train_images[:, 0, 0, 0].long(), task.train_labels + 2 * k)
+        assert torch.equal(task.test_images[:, 0, 0, 0].long() - 100, task.test_labels + 2 * k)
+        assert len(task.train_labels) == len(task.test_labels) == 20
+    shuffled = [c for t in split_tasks(data, 3, seed=1) for c in t.classes]
+    assert sorted(shuffled) == data.classes != shuffled
+    assert shuffled == [c for t in split_tasks(data, 3, seed=1) for c in t.classes]
+    assert shuffled != [c for t in split_tasks(data, 3, seed=2) for c in t.classes]
+    for bad in (4, 7):
+        with pytest.raises(Problem, match="do not divide"):
+            split_tasks(data, bad)
+
+
+def test_validation_split_is_training_images_only():
+    data = counted_data()
+    for task in split_tasks(data, 2, val_fraction=0.2):
+        train, held_out = (set(x[:, 0, 0, 1].tolist()) for x in (task.train_images, task.test_images))
+        assert len(train) == 24 and len(held_out) == 6 and not train & held_out
+        assert max(train | held_out) < 100  # test images would be 100 and more
+        assert torch.bincount(task.test_labels).tolist() == [2, 2, 2]
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+def test_backbone_is_torchvisions():
+    from torchvision.models import resnet18
+    theirs, ours = resnet18(), ResNet18(64, "7x7")
+    fill(theirs)
+    theirs.fc = nn.Identity()
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for mode in (True, False):
+        torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_and_equations_1_to_3():
+    model = fill(PAH(ResNet18(4), K, C, proto_size=6, proto_channels=1, hidden=8)).eval()
+    x = torch.randn(5, 3, 16, 16)
+    assert model.prototypes.shape == (K, C, 1, 6, 6) and model.heads(None).shape == (K, C, 32)
+    e = torch.cat([model.prototypes[2, c].flatten() for c in range(C)])  # Eq. 3
+    W = model.hypernetwork(e)  # Eq. 2
+    torch.testing.assert_close(model.heads(4)[2], W)
+    torch.testing.assert_close(model(x, 2), model.backbone(x) @ W.T)  # Eq. 1
+
+
+def test_any_backbone():
+    backbone = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(1), nn.LazyLinear(7))
+    backbone(torch.zeros(1, 3, 8, 8))
+    model = PAH(backbone, tasks=2, classes=3, features=7, proto_size=8)
+    assert model(torch.randn(4, 3, 8, 8), 1).shape == (4, 3)
+
+
+def test_heads_start_at_the_scale_of_a_linear_layer():
+    torch.manual_seed(0)
+    heads = Hypernetwork(3000, 10, 512, 64)(torch.randn(50, 3000))
+    linear = nn.Linear(512, 10).weight.std()
+    assert 0.7 < heads.std() / linear < 1.4
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_semantic_initialisation(channels):
+    torch.manual_seed(0)
+    data = load_dataset("synthetic")
+    task = split_tasks(data, 5)[1]
+    model = PAH(ResNet18(4), 5, 4, proto_channels=channels)
+    model.begin_task(1, task.train_images, task.train_labels)
+    assert not model.prototypes[[0, 2, 3, 4]].any()
+    small = F.interpolate(pah.normalise(task.train_images), 10, mode="bilinear", antialias=True, align_corners=False)
+    small = small if channels == 3 else small.mean(1, keepdim=True)
+    for c in range(4):  # it is one of the class's training images, and none of the others'
+        distance = (small - model.prototypes[1, c]).abs().amax((1, 2, 3))
+        assert (distance < 1e-5).any() and (task.train_labels[distance < 1e-5] == c).all()
+    before = model.prototypes[1].clone()
+    model.begin_task(1, task.train_images, task.train_labels)
+    assert not torch.equal(before, model.prototypes[1])  # drawn at random
+    model.begin_task(2, task.train_images, task.train_labels, init="random")
+    assert abs(model.prototypes[2].mean()) < 0.1 and abs(model.prototypes[2].std() - 1) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+def test_values_of_the_three_losses():
+    model, teacher, x, y = pair()
+    T = 3.0
+    loss, (hm, sm, sp) = pah.joint_loss(model, teacher, x, y, 3, lam=0.7, mu=0.3, temperature=T)
+    model, *_ = pair()  # the pass above has moved the running statistics
+    features = copy.deepcopy(model).backbone(x)  # in training mode, batch statistics
+    log_p = (features @ model.heads(4)[3].T).log_softmax(1)
+    want_hm = -sum(log_p[b, y[b]] for b in range(5)) / 5
+    want_sm = want_sp = 0.0
+    for i in range(3):
+        old = teacher.backbone(x) @ teacher.hypernetwork(teacher.prototypes[i].flatten()).T
+        new = features @ model.hypernetwork(model.prototypes[i].flatten()).T
+        want_sm += softened_kl(new, old, T).mean()
+    model.backbone(x)  # L_sp sees the running statistics after the batch
+    model.eval()
+    for i in range(3):
+        p = model.prototypes[i]
+        old = teacher.backbone(p) @ teacher.hypernetwork(teacher.prototypes[i].flatten()).T
+        new = model.backbone(p) @ model.hypernetwork(p.flatten()).T
+        want_sp += softened_kl(new, old, T).mean()
+    for ours, want in (hm, want_hm), (sm, want_sm), (sp, want_sp), (loss, want_hm + 0.7 * want_sm + 0.3 * want_sp):
+        torch.testing.assert_close(ours, want.detach() if ours is not loss else want, rtol=1e-4, atol=1e-6)
+    assert want_sm > 0.01 and want_sp > 0.01
+
+
+@pytest.mark.parametrize("lam, mu, hard, reached", [
+    (0, 0, True, {"backbone", "hypernetwork", "own"}),            # L_hm
+    (1, 0, False, {"backbone", "hypernetwork", "earlier"}),       # L_sm
+    (0, 1, False, {"earlier"}),                                   # L_sp
+])
+def test_what_each_loss_reaches(lam, mu, hard, reached):
+    model, teacher, x, y = pair()
+    loss, _ = pah.joint_loss(model, teacher, x, y, 2, lam, mu)  # task 2: tasks 0 and 1 are earlier, 3 has not begun
+    if not hard:
+        without, _ = pah.joint_loss(pair()[0], None, x, y, 2, 0, 0)
+        hard_only, teacher_none = pah.joint_loss(model, None, x, y, 2, 0, 0)
+        loss = loss - hard_only if mu == 0 else pah.soft_loss_prototypes(model, teacher, 2)
+    if lam:  # take L_hm's own part out again: its gradient on the same batch, in the same mode
+        model.zero_grad()
+    grads = dict(zip([n for n, _ in model.named_parameters()],
+                     torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    scale = 1e-6
+    got = {name for name in ("backbone", "hypernetwork")
+           if all(g is not None and g.abs().max() > 0 for n, g in grads.items() if n.startswith(name))}
+    none = {name for name in ("backbone", "hypernetwork")
+            if all(g is None or g.abs().max() == 0 for n, g in grads.items() if n.startswith(name))}
+    rows = grads["prototypes"].abs().amax((1, 2, 3, 4))
+    got |= {"own"} if rows[2] > scale else set()
+    got |= {"earlier"} if (rows[:2] > scale).all() else set()
+    assert got == reached
+    assert got & {"backbone", "hypernetwork"} or none == {"backbone", "hypernetwork"}  # all of a part or nothing of it
+    assert rows[3] == 0 and ("earlier" in reached or not rows[:2].any())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_prototype_pass_and_teacher_stand_still():
+    model, teacher, x, y = pair()
+    frozen = copy.deepcopy(teacher.state_dict())
+    statistics = {n: b.clone() for n, b in model.backbone.named_buffers()}
+    pah.soft_loss_prototypes(model, teacher, 3).backward()
+    assert all(torch.equal(b, statistics[n]) for n, b in model.backbone.named_buffers())
+    assert model.backbone.training and not teacher.training
+    pah.joint_loss(model, teacher, x, y, 3)[0].backward()
+    assert any(not torch.equal(b, statistics[n]) for n, b in model.backbone.named_buffers())
+    assert all(torch.equal(v, frozen[n]) for n, v in teacher.state_dict().items())
+    assert torch.equal(teacher.heads(2), teacher.hypernetwork(teacher.prototypes[:2].flatten(1)))
+
+
+def test_controls():
+    model, teacher, x, y = pair(head="stored")
+    loss, parts = pah.joint_loss(model, teacher, x, y, 3)
+    loss.backward()
+    assert not hasattr(model, "hypernetwork") and model.stored.grad.abs().amax((1, 2)).gt(0).all()
+    assert parts[1] > 0 and parts[2] == 0
+    model, teacher, x, y = pair(embedding="vector")
+    assert pah.joint_loss(model, teacher, x, y, 3)[1][2] == 0  # a vector is no image
+    model, _, x, y = pair()
+    tasks = torch.tensor([0, 1, 2, 3, 0])  # joint training: an image at a time, the same
+    mixed = pah.joint_loss(model.eval(), None, x, y, tasks)[0]
+    each = [pah.joint_loss(model, None, x[i:i + 1], y[i:i + 1], int(t))[0] for i, t in enumerate(tasks)]
+    torch.testing.assert_close(mixed, torch.stack(each).mean())
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+def test_augmentation():
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8).repeat(200, 1, 1, 1)
+    torch.manual_seed(0)
+    out = pah.augment(images, pad=2)
+    padded = F.pad(images, (2, 2, 2, 2))
+    seen = set()
+    for i in range(len(images)):  # each is one of the 25 crops, mirrored or not, all channels alike
+        matches = [(r, c, m) for r in range(5) for c in range(5) for m in (False, True)
+                   if torch.equal(out[i], padded[i, :, r:r + 8, c:c + 8].flip(-1) if m
+                                  else padded[i, :, r:r + 8, c:c + 8])]
+        assert len(matches) == 1
+        seen |= set(matches)
+    assert len(seen) == 50
+    assert torch.equal(pah.augment(images, pad=0, flip=False), images)
+
+
+def test_normalise():
+    x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    from torchvision.transforms.v2.functional import normalize, to_dtype
+    torch.testing.assert_close(pah.normalise(x), normalize(to_dtype(x, torch.float32, scale=True), pah.MEAN, pah.STD))
+
+
+def test_synthetic_is_the_same_everywhere():
+    data = load_dataset("synthetic")
+    assert data.train_images.shape == (4000, 3, 16, 16) and data.test_images.shape == (1000, 3, 16, 16)
+    assert torch.equal(data.train_images, load_dataset("synthetic").train_images)
+    assert torch.bincount(data.test_labels).tolist() == [50] * 20
+    assert load_dataset("synthetic", image_size=24).train_images.shape[-1] == 24
+
+
+def fake_cifar100(root, monkeypatch):
+    """The published layout: three pickles whose MD5 sums torchvision checks."""
+    from torchvision.datasets import CIFAR100
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    rng, files = np.random.default_rng(0), {}
+    for split, per_class in ("train", 2), ("test", 1):
+        labels = list(range(100)) * per_class
+        files[split] = dict(data=rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), fine_labels=labels)
+    meta = dict(fine_label_names=[f"name{i}" for i in range(100)])
+    md5 = {}
+    for name, value in [*files.items(), ("meta", meta)]:
+        (folder / name).write_bytes(pickle.dumps(value))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", dict(CIFAR100.meta, md5=md5["meta"]))
+    return files
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    files = fake_cifar100(tmp_path, monkeypatch)
+    data = load_dataset("cifar100", tmp_path)
+    assert np.array_equal(data.train_images.numpy(), files["train"]["data"].reshape(-1, 3, 32, 32))
+    assert data.train_labels.tolist() == files["train"]["fine_labels"] and data.classes[7] == "name7"
+    assert load_dataset("cifar100", tmp_path, 16).test_images.shape == (100, 3, 16, 16)
+    (tmp_path / "cifar100-32.npz").unlink()
+    with open(tmp_path / "cifar-100-python/train", "r+b") as f:
+        f.write(b"?")
+    with pytest.raises(Problem, match="cifar-100-python: not the published files"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_mnist(tmp_path):
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    for split, n in ("train", 20), ("t10k", 10):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes([i % 10 for i in range(n)]))
+    data = load_dataset("mnist", tmp_path, 28)
+    assert np.array_equal(data.train_images.numpy(), np.repeat(pixels[:, None], 3, 1))
+    assert data.test_labels.tolist() == list(range(10)) and len(split_tasks(data, 5)) == 5
+
+
+def jpeg(value, mode="RGB", size=(64, 64), format="JPEG"):
+    f = io.BytesIO()
+    Image.new(mode, size, value).save(f, format)
+    return f.getvalue()
+
+
+def fake_tinyimagenet():
+    """{name: bytes} of the published layout with three classes."""
+    files, words, lines = {}, [], []
+    for c, wnid in enumerate(["n03", "n01", "n02"]):
+        words.append(f"{wnid}\tthing {wnid}, other name")
+        for i in range(4):
+            grey = c == 0 and i == 0  # there are greyscale images in it
+            value = 40 * c + 10 * i + 20
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = jpeg(value if grey else (value,) * 3, "L" if grey else "RGB")
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
+        files[f"val/images/val_{c}.JPEG"] = jpeg((200 + 10 * c,) * 3)
+        lines.append(f"val_{c}.JPEG\t{wnid}\t0\t0\t62\t62")
+    files["test/images/test_0.JPEG"] = jpeg((255,) * 3)
+    files["val/val_annotations.txt"] = "\n".join(lines).encode()
+    files["words.txt"] = "\n".join(words).encode()
+    files["wnids.txt"] = b"n03\nn01\nn02"
+    return files
+
+
+@pytest.mark.parametrize("source", ["zip", "folder", "folder without boxes and test"])
+def test_tinyimagenet(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pah, "TINY_COUNTS", {"train": 12, "val": 3})
+    files = fake_tinyimagenet()
+    if source == "zip":
+        with zipfile.ZipFile(tmp_path / "tiny-imagenet-200.zip", "w") as z:
+            for name, blob in files.items():
+                z.writestr(f"tiny-imagenet-200/{name}", blob)
+        with pytest.raises(Problem, match="its MD5 is not"):
+            load_dataset("tinyimagenet", tmp_path)
+        md5 = hashlib.md5((tmp_path / "tiny-imagenet-200.zip").read_bytes()).hexdigest()
+        monkeypatch.setattr(pah, "TINY_MD5", md5)
+    else:
+        for name, blob in files.items():
+            if "without" in source and ("boxes" in name or name.startswith("test/")):
+                continue
+            (tmp_path / "tiny-imagenet-200" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "tiny-imagenet-200" / name).write_bytes(blob)
+    data = load_dataset("tinyimagenet", tmp_path)
+    assert data.classes == ["thing n01", "thing n02", "thing n03"]
+    assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.train_images[:, 0, 30, 30].tolist() == [60, 70, 80, 90, 100, 110, 120, 130, 20, 30, 40, 50]
+    assert data.test_labels.tolist() == [2, 0, 1] and data.test_images[:, 1, 30, 30].tolist() == [200, 210, 220]
+    if source == "folder":
+        (tmp_path / "tinyimagenet-64.npz").unlink()
+        (tmp_path / "tiny-imagenet-200/train/n01/images/n01_2.JPEG").unlink()
+        with pytest.raises(Problem, match="11 of 12 train images"):
+            load_dataset("tinyimagenet", tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder data set of two classes, with images of several kinds."""
+    root = tmp_path / "my images"
+    for split in ("train", "val"):
+        for c, name in enumerate(["cat", "dög"]):
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "a.png").write_bytes(jpeg((50 + 100 * c,) * 3, size=(40, 20), format="PNG"))
+            (root / split / name / "b.png").write_bytes(jpeg(50 + 100 * c, "L", format="PNG"))
+            (root / split / name / "c.png").write_bytes(jpeg((50 + 100 * c,) * 3 + (9,), "RGBA", format="PNG"))
+            array = np.full((9, 9), (50 + 100 * c) * 256, np.uint16)
+            Image.fromarray(array).save(root / split / name / "d.png")
+    return root
+
+
+def test_folder_and_its_cache(folder, tmp_path, capsys):
+    root = tmp_path / "data"
+    data = load_dataset(str(folder), root, 16)
+    assert data.classes == ["cat", "dög"] and data.train_images.shape == (8, 3, 16, 16)
+    assert (data.train_images == torch.tensor([50] * 4 + [150] * 4)[:, None, None, None]).all()
+    cache = root / "my images-16.npz"
+    assert [p.name for p in root.iterdir()] == [cache.name]
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]):
+        cache.write_bytes(damage(cache.read_bytes()))
+        assert torch.equal(load_dataset(str(folder), root, 16).train_images, data.train_images)
+        assert "damaged" in capsys.readouterr().err
+    load_dataset(str(folder), root, 16)
+    assert capsys.readouterr().err == ""  # read from the cache
+    (folder / "train/cat/e.png").write_bytes(jpeg((1, 1, 1), format="PNG"))
+    assert len(load_dataset(str(folder), root, 16).train_images) == 9
+    assert "of other files" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- end to end
+
+def run_main(*args, code=0):
+    assert pah.main([str(a) for a in args]) == code
+
+
+def results(out, seed=0):
+    return json.loads((out / f"seed{seed}/results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """One real run on `synthetic`, as the README's first command does it but shorter."""
+    out = tmp_path_factory.mktemp("learned")
+    run_main("--dataset", "synthetic", "--epochs", 5, "--out", out)
+    return out
+
+
+def test_pah_beats_no_distillation(learned, tmp_path):
+    run_main("--dataset", "synthetic", "--epochs", 5, "--lam", 0, "--mu", 0, "--out", tmp_path)
+    with_it, without = results(learned), results(tmp_path)
+    assert with_it["AA"] > without["AA"] + 15 and with_it["FM"] < without["FM"] / 2
+    assert with_it["AA"] > 60  # of four classes
+
+
+def test_results_and_files(learned):
+    r, folder = results(learned), learned / "seed0"
+    assert r["complete"] and [len(row) for row in r["accuracy"]] == [1, 2, 3, 4, 5]
+    assert r["AA"] == average_accuracy(r["accuracy"]) and r["FM"] == forgetting(r["accuracy"])
+    assert r["BWT"] == backward_transfer(r["accuracy"]) and r["LA"] == pah.learning_accuracy(r["accuracy"])
+    assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 1.0
+    assert r["seconds"] > 0 and r["images_per_second"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
+    assert {p.name for p in folder.iterdir()} == {"results.json", "checkpoint.pt", "prototypes.png",
+                                                   "prototypes-initial.pt"}
+    picture = Image.open(folder / "prototypes.png")
+    assert picture.size[0] > 4 * 40 and picture.size[1] > 10 * 40 and len(picture.getcolors(1 << 20)) > 100
+
+
+def test_checkpoint_predicts_and_holds_no_image_and_no_head(learned):
+    model = load_checkpoint(learned / "seed0/checkpoint.pt")
+    tasks = split_tasks(load_dataset("synthetic"), 5)
+    row = [pah.evaluate(model, k, t.test_images, t.test_labels) for k, t in enumerate(tasks)]
+    assert row == results(learned)["accuracy"][-1]
+    saved = torch.load(learned / "seed0/checkpoint.pt", weights_only=True)
+    ours = set(PAH(ResNet18(16), 5, 4).state_dict())
+    assert set(saved["model"]) == ours and not any(isinstance(v, torch.Tensor) for k, v in saved.items())
+    sizes = {n: v.numel() for n, v in saved["model"].items()}
+    assert sizes["prototypes"] == 5 * 4 * 300 and not any("head" in n or "stored" in n for n in sizes)
+    task = tasks[1]  # the learned prototypes are not the training images that they began as
+    small = F.interpolate(pah.normalise(task.train_images), 10, mode="bilinear", antialias=True, align_corners=False)
+    assert (small[:, None] - saved["model"]["prototypes"][1]).abs().amax((2, 3, 4)).min() > 1e-3
+
+
+def test_earlier_data_is_never_read_again(tmp_path, monkeypatch):
+    run_main(*TINY_RUN, "--out", tmp_path / "a")
+    train_task = pah.train_task
+
+    def destroying(model, teacher, task, images, labels, args, progress):
+        train_task(model, teacher, task, images, labels, args, progress)
+        images.zero_(), labels.zero_()
+
+    monkeypatch.setattr(pah, "train_task", destroying)
+    load = pah.load_dataset
+    monkeypatch.setattr(pah, "load_dataset", lambda *a: destroy_after_split(load(*a)))
+    split = pah.split_tasks
+
+    def destroy_after_split(data):
+        return data
+
+    def splitting(data, *a):
+        tasks = split(data, *a)
+        data.train_images.zero_()
+        return tasks
+
+    monkeypatch.setattr(pah, "split_tasks", splitting)
+    run_main(*TINY_RUN, "--out", tmp_path / "b")
+    assert results(tmp_path / "a")["accuracy"] == results(tmp_path / "b")["accuracy"]
+
+
+def weights(out, seed=0):
+    return torch.load(out / f"seed{seed}/checkpoint.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_seeds_decide_everything(tmp_path, capsys):
+    run_main(*TINY_RUN, "--stop-after", 2, "--seeds", 0, 1, "--out", tmp_path / "a")
+    assert "2 seeds: AA" in capsys.readouterr().out
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path / "b")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a", 1), weights(tmp_path / "a", 0))
+
+
+def test_resume_after_a_kill_in_mid_task(tmp_path):
+    """SIGKILL during the second task; --resume ends with the very weights of an uninterrupted run."""
+    run_main(*TINY_RUN, "--out", tmp_path / "whole")
+    command = [sys.executable, "-u", pah.__file__, *TINY_RUN, "--out", str(tmp_path / "cut")]
+    checkpoint = tmp_path / "cut/seed0/checkpoint.pt"
+    # one thread count for both: sums over threads are ordered by it
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert torch.load(checkpoint, weights_only=True)["tasks_done"] < 5
+    run_main(*TINY_RUN, "--out", tmp_path / "cut", "--resume")
+    assert results(tmp_path / "cut")["accuracy"] == results(tmp_path / "whole")["accuracy"]
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    before = (tmp_path / "cut/seed0/results.json").read_bytes()
+    run_main(*TINY_RUN, "--out", tmp_path / "cut", "--resume")  # nothing is left to do
+    assert (tmp_path / "cut/seed0/results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--head", "stored"], ["--embedding", "vector"], ["--joint"],
+                                   ["--precision", "bf16"], ["--proto-channels", "1"], ["--proto-init", "random"],
+                                   ["--val-fraction", "0.2", "--shuffle-classes"], ["--label-smoothing", "0.1"],
+                                   ["--stem", "7x7", "--image-size", "32"]])
+def test_every_kind_of_run_ends(flags, tmp_path):
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, *flags)
+    r = results(tmp_path)
+    assert r["complete"] and r["AA"] > 10
+    load_checkpoint(tmp_path / "seed0/checkpoint.pt")
+    if flags == ["--joint"]:
+        assert [len(row) for row in r["accuracy"]] == [5] and r["FM"] is None
+
+
+def test_bf16_on_the_cpu_stays_close():
+    model, teacher, x, y = pair()
+    exact = pah.joint_loss(copy.deepcopy(model), teacher, x, y, 3)[1]
+    with pah.autocast(torch.device("cpu"), "bf16"):
+        assert model.backbone(x).dtype == torch.bfloat16
+        close = pah.joint_loss(model, teacher, x, y, 3)[1]
+    assert close.dtype == torch.float32
+    torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda(precision, tmp_path):
+    run_main("--dataset", "synthetic", "--epochs", 5, "--device", "cuda", "--precision", precision, "--out", tmp_path)
+    assert results(tmp_path)["AA"] > 60
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, says", [
+    ("--dataset nowhere", "nowhere: not a data set"),
+    ("--dataset synthetic --tasks 3", "do not divide"),
+    ("--dataset synthetic --tasks 40", "do not divide"),
+    ("--tasks 0", "--tasks: '0'"), ("--tasks -2", "--tasks"), ("--tasks 2.5", "--tasks"),
+    ("--epochs 0", "--epochs"), ("--epochs nan", "--epochs"), ("--batch-size 1", "--batch-size"),
+    ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--hyper-lr -1", "--hyper-lr"),
+    ("--proto-lr x", "--proto-lr"), ("--weight-decay -1", "--weight-decay"), ("--lam -0.1", "--lam"),
+    ("--lam nan", "--lam"), ("--mu inf", "--mu"), ("--temperature 0", "--temperature"), ("--proto-size 0", "--proto-size"),
+    ("--proto-size 100000", "--proto-size"), ("--proto-channels 2", "--proto-channels"), ("--hidden 0", "--hidden"),
+    ("--width 0", "--width"), ("--image-size 4", "--image-size"), ("--val-fraction 1", "--val-fraction"),
+    ("--label-smoothing 2", "--label-smoothing"), ("--seeds -1", "--seeds"), ("--seeds", "--seeds"),
+    ("--stop-after 11", "--stop-after"), ("--stem 5x5", "--stem"), ("--pretrained", "--pretrained"),
+    ("--proto-init best", "--proto-init"), ("--precision int8", "--precision"), ("--unknown 1", "--unknown"),
+    ("--device cuda", "--device cuda"),
+])
+def test_bad_flags(flags, says, capsys, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("has CUDA")
+    run_main(*flags.split(), "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("break_it, says", [
+    (lambda f: [p.unlink() for p in (f / "train/cat").iterdir()], "cat"),
+    (lambda f: (f / "val/cat").rename(f / "val/cow"), "cat, cow"),
+    (lambda f: (f / "val").rename(f / "test"), "no folder val/"),
+    (lambda f: (f / "train/cat/a.png").write_bytes(b"no image"), "cat/a.png: not a readable image"),
+    (lambda f: (f / "val/cat/t.jpg").write_bytes(jpeg((1, 2, 3))[:400]), "cat/t.jpg: not a readable image"),
+])
+def test_bad_folders(break_it, says, folder, tmp_path, capsys):
+    break_it(folder)
+    run_main("--dataset", folder, "--tasks", 2, "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+    assert not (tmp_path / "o").exists() and not list(tmp_path.glob("d/*"))
+
+
+def test_bad_output_folders_and_checkpoints(tmp_path, capsys):
+    def fails(says, *flags, out=tmp_path / "o"):
+        run_main(*TINY_RUN, "--stop-after", 1, "--out", out, *flags, code=2)
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+
+    (tmp_path / "file").touch()
+    fails("file", out=tmp_path / "file")
+    run_main(*TINY_RUN, "--stop-after", 1, "--out", tmp_path / "o")
+    checkpoint = tmp_path / "o/seed0/checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    fails("--resume")
+    fails("--lr (0.002 there, 0.1 now)", "--resume", "--lr", "0.1")
+    for blob in whole[:len(whole) // 2], b"", b"garbage":
+        checkpoint.write_bytes(blob)
+        fails("damaged", "--resume")
+        assert checkpoint.read_bytes() == blob
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"format": 1, "args": Evil()}, checkpoint)
+    fails("damaged", "--resume")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_network(tmp_path, capsys, monkeypatch):
+    import urllib.error
+    import urllib.request
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    for dataset, file in ("cifar100", "cifar-100-python.tar.gz"), ("tinyimagenet", "tiny-imagenet-200.zip"), (
+            "mnist", "train-images-idx3-ubyte.gz"):
+        run_main("--dataset", dataset, "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
+        err = capsys.readouterr().err
+        assert file in err and "--dataset synthetic" in err and str(tmp_path / "d") in err
+        assert len([line for line in err.splitlines() if line.startswith("pah.py:")]) == 1
+        assert not list((tmp_path / "d").iterdir())
+
+
+def test_archives_put_there_by_hand(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+    files = fake_cifar100(tmp_path / "x", monkeypatch)
+    (tmp_path / "d").mkdir()
+    with tarfile.open(tmp_path / "d/cifar-100-python.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "x/cifar-100-python", "cifar-100-python")
+    md5 = hashlib.md5((tmp_path / "d/cifar-100-python.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5)
+    data = load_dataset("cifar100", tmp_path / "d")
+    assert np.array_equal(data.test_images.numpy(), files["test"]["data"].reshape(-1, 3, 32, 32))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
+    joint_loss, calls = pah.joint_loss, []
+
+    def failing(*args, **kwargs):
+        loss, parts = joint_loss(*args, **kwargs)
+        calls.append(1)
+        return (loss, parts * float("nan")) if len(calls) == 20 else (loss, parts)
+
+    monkeypatch.setattr(pah, "joint_loss", failing)
+    run_main(*TINY_RUN, "--out", tmp_path, code=2)  # 16 steps a task
+    err = capsys.readouterr().err
+    assert "task 2, epoch 1, step 4" in err and "--lr" in err and err.count("\n") == 1
+    assert torch.load(tmp_path / "seed0/checkpoint.pt", weights_only=True)["tasks_done"] == 1
+
+
+def test_ctrl_c_leaves_the_finished_tasks(tmp_path, capsys, monkeypatch):
+    evaluate, calls = pah.evaluate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(pah, "evaluate", interrupted)
+    run_main(*TINY_RUN, "--out", tmp_path, code=130)
+    assert "--resume" in capsys.readouterr().err and not results(tmp_path)["complete"]
+    monkeypatch.setattr(pah, "evaluate", evaluate)
+    run_main(*TINY_RUN, "--out", tmp_path, "--resume")
+    assert results(tmp_path)["complete"]
+
+
+def test_help_is_quick_and_torchvision_waits():
+    code = "import sys, pah; pah.main(['--dataset', 'nowhere']); sys.exit('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(pah.__file__).parent)
+    assert done.returncode == 0 and done.stderr.count(b"\n") == 1
