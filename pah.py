@@ -407,6 +407,10 @@ class Hypernetwork(nn.Module):
         return self.out(self.body(embedding)).unflatten(-1, self.shape)
 
 
+def detached(module):
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
 class PAH(nn.Module):
     """Backbone, hypernetwork and prototypes.
 
@@ -417,15 +421,17 @@ class PAH(nn.Module):
         hidden: width of the hypernetwork's two hidden layers.
         head: "hyper", or the control "stored": one linear head a task instead of the hypernetwork.
         embedding: "prototypes", or the control "vector": a free vector of the same size, which is no image.
+        precision: "fp32", or "bf16" or "fp16" for the backbone; heads, logits and losses are fp32 in any case.
 
     `prototypes` is (K, C, channels, s, s). Rows of tasks that have not begun are zero and get no gradient.
     """
 
     def __init__(self, backbone, tasks, classes, features=None, proto_size=10, proto_channels=3, hidden=64,
-                 head="hyper", embedding="prototypes"):
+                 head="hyper", embedding="prototypes", precision="fp32"):
         super().__init__()
         features = features or backbone.features
         self.backbone = backbone
+        self.precision = precision
         self.distils_prototypes = head == "hyper" and embedding == "prototypes"
         if head == "hyper":
             self.prototypes = nn.Parameter(torch.zeros(tasks, classes, proto_channels, proto_size, proto_size))
@@ -443,9 +449,22 @@ class PAH(nn.Module):
             return self.stored[:n]
         return self.hypernetwork(self.prototypes[:n].flatten(1))  # Eqs. 3 and 2
 
+    def features(self, images, constant=False):
+        """Features (B, D) in fp32. `constant` takes the backbone as it is: its weights get no gradient, and BatchNorm
+        uses its running statistics and leaves them alone."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            if not constant:
+                return self.backbone(images).float()
+            training = self.backbone.training
+            self.backbone.eval()
+            out = torch.func.functional_call(self.backbone, detached(self.backbone), images).float()
+            self.backbone.train(training)
+            return out
+
     def forward(self, images, task):
         """Logits (B, C) of normalised images with the head of `task` (Eq. 1)."""
-        return self.backbone(images).float() @ self.heads(task + 1)[task].T
+        return self.features(images) @ self.heads(task + 1)[task].T
 
     @torch.no_grad()
     def begin_task(self, task, images, labels, init="semantic"):
@@ -488,16 +507,12 @@ def soft_loss_prototypes(model, teacher, n, temperature=2.0):
     that it generates for that task; mean over a task's prototypes, sum over tasks. Its gradient reaches those
     prototypes alone: the student's weights are constants here, and its BatchNorm uses its running statistics."""
     prototypes = model.prototypes[:n]
-    constants = lambda module: {name: p.detach() for name, p in module.named_parameters()}
     images = prototypes.flatten(0, 1).expand(-1, 3, -1, -1)
-    training = model.backbone.training
-    model.backbone.eval()
-    new = torch.func.functional_call(model.backbone, constants(model.backbone), images)
-    model.backbone.train(training)
-    heads = torch.func.functional_call(model.hypernetwork, constants(model.hypernetwork), prototypes.flatten(1).float())
+    heads = torch.func.functional_call(model.hypernetwork, detached(model.hypernetwork), prototypes.flatten(1))
     with torch.no_grad():
-        old = teacher.backbone(images)
-    logits = lambda features, heads: torch.einsum("npd,ncd->npc", features.float().unflatten(0, (n, -1)), heads.float())
+        old = teacher.features(images)
+    logits = lambda features, heads: torch.einsum("npd,ncd->npc", features.unflatten(0, (n, -1)), heads)
+    new = model.features(images, constant=True)
     return distillation(logits(new, heads), logits(old, teacher.heads(n)), temperature).mean(1).sum()
 
 
@@ -513,15 +528,14 @@ def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperatur
         the loss to minimise, and the three losses as a detached tensor (3,).
     """
     n = 0 if teacher is None else task  # earlier tasks
-    features = model.backbone(images).float()
     heads = model.heads(task + 1 if isinstance(task, int) else None)
-    logits = torch.einsum("bd,ncd->bnc", features, heads.float())
+    logits = torch.einsum("bd,ncd->bnc", model.features(images), heads)
     own = logits[torch.arange(len(labels), device=labels.device), task]
     l_hm = F.cross_entropy(own, labels, label_smoothing=smoothing)  # Eq. 4
     l_sm = l_sp = torch.zeros((), device=images.device)
     if n and lam:  # Eq. 5: mean over the batch, sum over the earlier tasks
         with torch.no_grad():
-            old = torch.einsum("bd,ncd->bnc", teacher.backbone(images).float(), teacher.heads(n).float())
+            old = torch.einsum("bd,ncd->bnc", teacher.features(images), teacher.heads(n))
         l_sm = distillation(logits[:, :n], old, temperature).mean(0).sum()
     if n and mu and model.distils_prototypes:
         l_sp = soft_loss_prototypes(model, teacher, n, temperature)
@@ -556,26 +570,20 @@ def learning_accuracy(R):
 
 
 @torch.inference_mode()
-def evaluate(model, task, images, labels, precision="fp32", batch_size=500):
+def evaluate(model, task, images, labels, batch_size=500):
     """Percentage of correct answers on one task, in eval mode, its head generated now; the model's mode is left as it
     was. Images are uint8 (N, 3, H, W), labels (N,)."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     right = 0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        with autocast(device, precision):
-            right = right + (model(normalise(x.to(device)), task).argmax(1) == y.to(device)).sum()
+        right = right + (model(normalise(x.to(device)), task).argmax(1) == y.to(device)).sum()
     model.train(training)
     return 100 * int(right) / len(labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-def autocast(device, precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
 
 def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay):
     """AdamW. Matrices and filters decay; biases, BatchNorm and prototypes do not."""
@@ -623,9 +631,8 @@ def train_task(model, teacher, task, images, labels, args, progress):
             k = task
             if task is None:
                 k, y = y // args.classes, y % args.classes
-            with autocast(device, args.precision):
-                loss, losses[step] = joint_loss(model, teacher, normalise(x), y, k, args.lam, args.mu,
-                                                args.temperature, args.label_smoothing)
+            loss, losses[step] = joint_loss(model, teacher, normalise(x), y, k, args.lam, args.mu, args.temperature,
+                                            args.label_smoothing)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -688,7 +695,7 @@ def build(args):
             raise Problem(f"--pretrained: cannot fetch the weights ({one_line(error)}); put "
                           f"{ResNet18_Weights.DEFAULT.url} into {torch.hub.get_dir()}/checkpoints") from error
     return PAH(backbone, args.tasks, args.classes, proto_size=args.proto_size, proto_channels=args.proto_channels,
-               hidden=args.hidden, head=args.head, embedding=args.embedding)
+               hidden=args.hidden, head=args.head, embedding=args.embedding, precision=args.precision)
 
 
 SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after"}  # options that may change between a run and its --resume
@@ -766,7 +773,7 @@ def run(args, seed, tasks, runs_left=0):
         train_task(model, teacher, None if args.joint else k, images, labels, args, progress)
         progress.clear()
         trained = time.perf_counter() - start
-        R.append([evaluate(model, j, tasks[j].test_images, tasks[j].test_labels, args.precision) for j in range(k + 1)])
+        R.append([evaluate(model, j, tasks[j].test_images, tasks[j].test_labels) for j in range(k + 1)])
         state["tasks_done"] = k + 1
         state["images"] += len(images) // (batch := min(len(images), args.batch_size)) * batch * args.epochs
         state["training_seconds"] += trained

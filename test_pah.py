@@ -547,10 +547,11 @@ def test_every_kind_of_run_ends(flags, tmp_path):
 def test_bf16_on_the_cpu_stays_close():
     model, teacher, x, y = pair()
     exact = pah.joint_loss(copy.deepcopy(model), teacher, x, y, 3)[1]
-    with pah.autocast(torch.device("cpu"), "bf16"):
-        assert model.backbone(x).dtype == torch.bfloat16
-        close = pah.joint_loss(model, teacher, x, y, 3)[1]
-    assert close.dtype == torch.float32
+    model.precision = teacher.precision = "bf16"
+    seen = []
+    model.backbone.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    close = pah.joint_loss(model, teacher, x, y, 3)[1]
+    assert set(seen) == {torch.bfloat16} and model(x, 1).dtype == close.dtype == torch.float32
     torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02)
 
 
