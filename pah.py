@@ -908,7 +908,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--lr", type=rate, default=2e-3, help="peak learning rate of the backbone")
-    g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
+    g.add_argument("--hyper-lr", type=rate, default=3e-5, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.05)
     g.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="F")

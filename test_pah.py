@@ -682,3 +682,35 @@ def test_help_is_quick_and_torchvision_waits():
     code = "import sys, pah; pah.main(['--dataset', 'nowhere']); sys.exit('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(pah.__file__).parent)
     assert done.returncode == 0 and done.stderr.count(b"\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- README
+
+README = (Path(__file__).parent / "README.md").read_text()
+
+
+def test_readme_snippets_run(learned, tmp_path, monkeypatch):
+    """All three of them, as they stand (the first with one epoch)."""
+    (tmp_path / "runs").mkdir()
+    os.symlink(learned, tmp_path / "runs/synthetic-5")
+    monkeypatch.chdir(tmp_path)
+    snippets = [block.split("```")[0] for block in README.split("```python\n")[1:]]
+    assert len(snippets) == 3 and all(s.count("\n") < 20 for s in snippets)
+    scopes = []
+    for snippet in snippets:
+        scopes.append({})
+        exec(snippet.replace("range(2)", "range(1)"), scopes[-1])
+    first, second, third = scopes
+    accuracy = [pah.evaluate(first["model"], k, t.test_images, t.test_labels) for k, t in enumerate(first["tasks"])]
+    assert sum(accuracy) / 5 > 35  # of four classes, after one epoch
+    assert second["model"](torch.zeros(2, 3, 32, 32), 9).shape == (2, 10)
+    assert third["classes"].shape == (8,)
+
+
+def test_readme_names_only_flags_that_exist(capsys):
+    with pytest.raises(SystemExit):
+        pah.main(["--help"])
+    flags = set(capsys.readouterr().out.split())
+    for command in [line for line in README.splitlines() if line.startswith("python pah.py")]:
+        pah.parse_args(command.split("#")[0].split()[2:])
+    assert {w.strip("`,|()") for w in README.split() if w.startswith("`--")} <= {f.strip("[],") for f in flags}
