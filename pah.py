@@ -86,7 +86,7 @@ def load_dataset(name, root="data", image_size=None):
     """Read a data set, from its cache in `root` where there is one.
 
     Args:
-        name: "cifar100", "tinyimagenet", "mnist", "synthetic", or a folder with train/ and val/, one sub-folder a class.
+        name: cifar100, tinyimagenet, mnist, synthetic, or a folder with train/ and val/, one sub-folder a class.
         root: folder that holds (or receives) the downloads and the caches.
         image_size: side in pixels; None keeps the data set's own (64 for folders).
 
@@ -108,7 +108,8 @@ def load_dataset(name, root="data", image_size=None):
         folder = Path(name).resolve()
         files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
                        for split in ("train", "val") for p in (folder / split).rglob("*") if p.is_file())
-        stem, signature = f"{folder.name}-{size}", f"{CACHE_FORMAT} {folder} {size} {hashlib.md5(repr(files).encode()).hexdigest()}"
+        content = hashlib.md5(repr(files).encode()).hexdigest()
+        stem, signature = f"{folder.name}-{size}", f"{CACHE_FORMAT} {folder} {size} {content}"
     cache = root / f"{stem}.npz"
     if cache.exists():
         try:  # a zip file checks the CRC of all that is read from it
@@ -209,7 +210,8 @@ def read_tinyimagenet(name, root, size):
             raise Problem(f"{folder}: {len(found):,} of {TINY_COUNTS[split]:,} {split} images are there; "
                           "delete the folder and unpack tiny-imagenet-200.zip again")
     wnids = sorted({n.split("/")[1] for n in train})
-    words = dict(line.split("\t")[:2] for line in read("words.txt").decode().splitlines()) if "words.txt" in names else {}
+    words = read("words.txt").decode().splitlines() if "words.txt" in names else []
+    words = dict(line.split("\t")[:2] for line in words)
     index = {wnid: i for i, wnid in enumerate(wnids)}
     images = decode([(n, lambda n=n: read(n)) for n in train + test], size)
     return Data(images[:len(train)], torch.tensor([index[n.split("/")[1]] for n in train]),
@@ -223,7 +225,7 @@ def read_folder(name, root, size):
     splits = []
     for split in ("train", "val"):
         if not (Path(name) / split).is_dir():
-            raise Problem(f"--dataset {name}: no folder {split}/ in it (train/ and val/ are needed, one folder a class)")
+            raise Problem(f"--dataset {name}: no folder {split}/ in it; it needs train/ and val/, one folder a class")
         try:
             splits.append(ImageFolder(str(Path(name) / split)))
         except FileNotFoundError as error:  # no classes at all, or a class without images, which it names
@@ -309,9 +311,10 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
         list of K Tasks; labels count from 0 to C-1 within each task.
     """
     n = len(data.classes)
-    if tasks > n or n % tasks:
-        fitting = [d for d in range(1, n + 1) if n % d == 0]
-        raise Problem(f"--tasks {tasks}: {n} classes do not divide into {tasks} tasks (any of {fitting} would do)")
+    if n % tasks or n // tasks < 2:
+        fitting = [d for d in range(1, n // 2 + 1) if n % d == 0]
+        raise Problem(f"--tasks {tasks}: {n} classes do not divide into {tasks} tasks of two or more classes (any of "
+                      f"{fitting} would do)")
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     train_rows = [torch.nonzero(data.train_labels == c).flatten() for c in range(n)]
     test_rows = [torch.nonzero(data.test_labels == c).flatten() for c in range(n)]
@@ -606,7 +609,7 @@ def train_task(model, teacher, task, images, labels, args, progress):
         task: the task's number k, counted from 0; None trains all tasks at once, with labels k * C + class.
         images, labels: uint8 (N, 3, H, W) and (N,).
         args: the command line's options.
-        progress: called as progress(epoch, step, losses), losses being the steps' (L_hm, L_sm, L_sp) so far, (steps, 3).
+        progress: called as progress(epoch, step, losses) with each step's (L_hm, L_sm, L_sp) so far, (steps, 3).
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
@@ -698,7 +701,7 @@ def build(args):
                hidden=args.hidden, head=args.head, embedding=args.embedding, precision=args.precision)
 
 
-SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after"}  # options that may change between a run and its --resume
+SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after"}  # may differ between a run and its --resume
 
 
 def read_checkpoint(path):
@@ -730,7 +733,7 @@ def run(args, seed, tasks, runs_left=0):
     in OUT/seed<S>. Returns what results.json holds."""
     folder = Path(args.out) / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    file = {name: folder / name for name in ("results.json", "checkpoint.pt", "prototypes.png", "prototypes-initial.pt")}
+    file = {n: folder / n for n in ("results.json", "checkpoint.pt", "prototypes.png", "prototypes-initial.pt")}
     device = torch.device(args.device)
     torch.manual_seed(seed)
     model = build(args).to(device)
@@ -740,8 +743,8 @@ def run(args, seed, tasks, runs_left=0):
     initial = torch.zeros_like(model.prototypes.detach()).cpu() if model.distils_prototypes else None
     if file["checkpoint.pt"].exists():
         saved = read_checkpoint(file["checkpoint.pt"])
-        differing = [f"--{k.replace('_', '-')} ({saved['args'].get(k)} there, {v} now)" for k, v in state["args"].items()
-                     if k not in SAME_RESULT and saved["args"].get(k) != v]
+        differing = [f"--{k.replace('_', '-')} ({saved['args'].get(k)} there, {v} now)"
+                     for k, v in state["args"].items() if k not in SAME_RESULT and saved["args"].get(k) != v]
         if not args.resume or differing:
             raise Problem(f"{folder} holds " + (
                 f"a run with other options: {', '.join(differing)}; give those, or another --out" if args.resume else
@@ -813,9 +816,11 @@ def summary(state, model, complete):
         "images_per_second": state["images"] / state["training_seconds"], "peak_memory_bytes": peak,
         "parameters": {"backbone": count(model.backbone),
                        "hypernetwork": count(model.hypernetwork) if hasattr(model, "hypernetwork") else 0,
-                       "prototypes": prototypes.numel(), "prototypes_per_task": prototypes[0].numel() if len(prototypes) else 0},
+                       "prototypes": prototypes.numel(),
+                       "prototypes_per_task": prototypes.numel() // state["args"]["tasks"]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} threads",
         "complete": complete,
     }
 
@@ -883,7 +888,7 @@ def parse_args(argv=None):
                    help="cifar100, tinyimagenet, mnist, synthetic, or a folder with train/ and val/")
     g.add_argument("--data", default="data", metavar="DIR", help="where data sets and their caches are")
     g.add_argument("--tasks", type=count, metavar="K", default=10, help="number of tasks (mnist, synthetic: 5)")
-    g.add_argument("--image-size", type=number(int, 8, 1024), metavar="S", help="side in pixels; default: the data set's")
+    g.add_argument("--image-size", type=number(int, 8, 1024), metavar="S", help="side in pixels (None: its own)")
     g.add_argument("--shuffle-classes", action="store_true", help="order of classes by seed instead of by label")
     g.add_argument("--val-fraction", type=fraction, default=0.0, metavar="F",
                    help="evaluate on this part of the training images, held out, instead of the test set")
@@ -894,16 +899,17 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=rate, default=2.0, metavar="T", help="of the distillation")
     g.add_argument("--proto-size", type=number(int, 1, 256), default=10, metavar="S", help="side of a prototype")
     g.add_argument("--proto-channels", type=int, choices=(1, 3), default=3, help="1: grey")
-    g.add_argument("--proto-init", choices=("semantic", "random"), default="semantic", help="a training image, or noise")
+    g.add_argument("--proto-init", choices=("semantic", "random"), default="semantic", help="an image, or noise")
     g.add_argument("--hidden", type=count, default=64, metavar="N", help="width of the hypernetwork's two hidden layers")
-    g.add_argument("--head", choices=("hyper", "stored"), default="hyper", help="control: one stored linear head a task")
+    g.add_argument("--head", choices=("hyper", "stored"), default="hyper", help="control: a stored linear head a task")
     g.add_argument("--embedding", choices=("prototypes", "vector"), default="prototypes",
                    help="control: a free vector a task, of the same size")
     g.add_argument("--joint", action="store_true", help="control: all tasks at once, the upper bound")
     g = p.add_argument_group("backbone")
-    g.add_argument("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7: stride 2 and max-pool, 10 times cheaper")
-    g.add_argument("--width", type=number(int, 1, 1024), default=64, metavar="N", help="D is 8 times this (mnist, synthetic: 16)")
-    g.add_argument("--pretrained", action="store_true", help="torchvision's ImageNet weights; needs --stem 7x7 --width 64")
+    g.add_argument("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7: stride 2 and max-pool, cheaper")
+    g.add_argument("--width", type=number(int, 1, 1024), default=64, metavar="N",
+                   help="D is 8 times this (mnist, synthetic: 16)")
+    g.add_argument("--pretrained", action="store_true", help="ImageNet weights; needs --stem 7x7 --width 64")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
@@ -948,8 +954,8 @@ def main(argv=None):
         for i, seed in enumerate(args.seeds):
             tasks = split_tasks(data, args.tasks, seed if args.shuffle_classes else None, args.val_fraction)
             args.classes = len(tasks[0].classes)
-            print(f"{args.dataset}: {args.tasks} tasks of {args.classes} classes, {len(data.train_images):,} training and "
-                  f"{len(data.test_images):,} test images; seed {seed}, {args.device}, {args.precision}, to "
+            print(f"{args.dataset}: {args.tasks} tasks of {args.classes} classes, {len(data.train_images):,} training "
+                  f"and {len(data.test_images):,} test images\nseed {seed}, {args.device}, {args.precision}, to "
                   f"{args.out}/seed{seed}", flush=True)
             results.append(run(args, seed, tasks, runs_left=len(args.seeds) - 1 - i))
             report(results[-1])
