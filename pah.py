@@ -647,14 +647,13 @@ def train_task(model, teacher, task, images, labels, args, progress):
 class Progress:
     """The line that says how the run goes: updated in place on a terminal, once an epoch elsewhere."""
 
-    def __init__(self, args, tasks):
-        self.args, self.tasks, self.live = args, tasks, sys.stdout.isatty()
+    def __init__(self, args, rounds, runs_left):
+        self.args, self.rounds, self.runs_left, self.live = args, list(rounds), runs_left, sys.stdout.isatty()
 
-    def begin(self, task, images, runs_left):
+    def begin(self, task, images):
         self.task, self.start, self.shown = task, time.perf_counter(), 0.0
         self.batch = min(images, self.args.batch_size)
         self.steps = images // self.batch * self.args.epochs
-        self.runs_left = runs_left
 
     def __call__(self, epoch, step, losses):
         now = time.perf_counter()
@@ -670,10 +669,11 @@ class Progress:
                           "or --precision fp32")
         l_hm, l_sm, l_sp = done[-50:].mean(0).tolist()
         seconds = (now - self.start) / (step + 1)
-        whole = seconds * self.steps * (1.3 if self.task == 0 and self.tasks > 1 else 1)  # no teacher in task 1
-        left = seconds * (self.steps - step - 1) + whole * (self.tasks - self.task - 1 + self.runs_left * self.tasks)
-        line = (f"task {self.task + 1}/{self.tasks} epoch {epoch + 1}/{self.args.epochs}  hm {l_hm:.3f} sm {l_sm:.3f} "
-                f"sp {l_sp:.3f}  {self.batch / seconds:,.0f} img/s  {duration(left)} left")
+        later = self.rounds[::-1].index(self.task) + self.runs_left * len(self.rounds)
+        whole = seconds * self.steps * (1 if self.task else 1.3)  # the first task has no teacher
+        left = seconds * (self.steps - step - 1) + whole * later
+        line = (f"task {self.task + 1}/{self.args.tasks} epoch {epoch + 1}/{self.args.epochs}  hm {l_hm:.3f} "
+                f"sm {l_sm:.3f} sp {l_sp:.3f}  {self.batch / seconds:,.0f} img/s  {duration(left)} left")
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
 
     def clear(self):
@@ -701,7 +701,8 @@ def build(args):
                hidden=args.hidden, head=args.head, embedding=args.embedding, precision=args.precision)
 
 
-SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after"}  # may differ between a run and its --resume
+# Options that may differ between a run and its --resume.
+SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after", "report", "format"}
 
 
 def read_checkpoint(path):
@@ -755,8 +756,8 @@ def run(args, seed, tasks, runs_left=0):
         state = saved
         if initial is not None and file["prototypes-initial.pt"].exists():
             initial = read_checkpoint(file["prototypes-initial.pt"])["prototypes"]
-    R, progress = state["accuracy"], Progress(args, 1 if args.joint else len(tasks))
     rounds = [len(tasks) - 1] if args.joint else range(args.tasks if args.stop_after is None else args.stop_after)
+    R, progress = state["accuracy"], Progress(args, rounds, runs_left)
     for k in rounds:
         if k < state["tasks_done"]:
             continue
@@ -772,7 +773,7 @@ def run(args, seed, tasks, runs_left=0):
             labels = torch.cat([t.train_labels + i * args.classes for i, t in enumerate(tasks)])
         else:
             images, labels = tasks[k].train_images, tasks[k].train_labels
-        progress.begin(0 if args.joint else k, len(images), runs_left)
+        progress.begin(k, len(images))
         train_task(model, teacher, None if args.joint else k, images, labels, args, progress)
         progress.clear()
         trained = time.perf_counter() - start
@@ -851,6 +852,55 @@ def mean_std(values):
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
+def print_result(result):
+    """Print the accuracy matrix and the summary of one results.json."""
+    print("\naccuracy in % on task (column) after task (row)")
+    for k, row in enumerate(result["accuracy"]):
+        print(f"{k + 1:>3} " + "".join(f"{a:>6.1f}" for a in row))
+    print("  ".join(f"{name} {result[name]:.2f}" for name in ("AA", "FM", "BWT", "LA") if result[name] is not None)
+          + f"  time {duration(result['seconds'])}  {result['images_per_second']:,.0f} images/s  "
+          f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB\n", flush=True)
+
+
+def report(folder, style="text"):
+    """Print a table of all finished runs below `folder`: a row a setting, mean ± standard deviation over its seeds.
+    A setting is named by its data set, its tasks and the options in which the settings differ."""
+    settings = {}
+    for path in sorted(Path(folder).rglob("results.json")):
+        try:
+            result = json.loads(path.read_text())
+            if not result["complete"]:
+                raise ValueError("unfinished")
+            options = {k: v for k, v in result["args"].items() if k not in SAME_RESULT | {"classes"}}
+            options["stop_after"] = result["args"]["stop_after"]
+            settings.setdefault(json.dumps(options, sort_keys=True), []).append(result)
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"left out: {path} ({one_line(error)})", file=sys.stderr)
+    if not settings:
+        raise Problem(f"--report {folder}: no finished results.json in or below it")
+    options = [json.loads(key) for key in settings]
+    differing = sorted(k for k in options[0] if k not in ("dataset", "tasks") and len({o.get(k) for o in options}) > 1)
+    rows = [["setting", "AA", "FM", "LA", "seeds", "time"]]
+    for setting, results in zip(options, settings.values()):
+        name = [f"{Path(setting['dataset']).name}, {setting['tasks']} tasks"]
+        name += [f"--{k.replace('_', '-')}" + ("" if setting[k] is True else f" {setting[k]}")
+                 for k in differing if setting[k] is not None and setting[k] is not False]
+        cells = [mean_std([r[m] for r in results]) if results[0][m] is not None else "-" for m in ("AA", "FM", "LA")]
+        seeds = " ".join(str(r["seed"]) for r in results)
+        rows.append([" ".join(name), *cells, seeds, duration(np.mean([r["seconds"] for r in results]))])
+    if style == "latex":
+        rows = [[c.replace("_", r"\_").replace("--", "-{}-").replace("±", r"$\pm$") for c in row] for row in rows]
+        print("\\begin{tabular}{lccccc}\n\\toprule")
+        print("\n".join(" & ".join(row) + r" \\" + ("\n\\midrule" if row is rows[0] else "") for row in rows))
+        print("\\bottomrule\n\\end{tabular}")
+        return
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * w for w in widths]
+    for row in [rows[0], rule, *rows[1:]] if style == "markdown" else rows:
+        cells = [cell.ljust(w) for cell, w in zip(row, widths)]
+        print(f"| {' | '.join(cells)} |" if style == "markdown" else "  ".join(cells).rstrip())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -900,7 +950,7 @@ def parse_args(argv=None):
     g.add_argument("--proto-size", type=number(int, 1, 256), default=10, metavar="S", help="side of a prototype")
     g.add_argument("--proto-channels", type=int, choices=(1, 3), default=3, help="1: grey")
     g.add_argument("--proto-init", choices=("semantic", "random"), default="semantic", help="an image, or noise")
-    g.add_argument("--hidden", type=count, default=64, metavar="N", help="width of the hypernetwork's two hidden layers")
+    g.add_argument("--hidden", type=count, default=64, metavar="N", help="width of the hypernetwork's hidden layers")
     g.add_argument("--head", choices=("hyper", "stored"), default="hyper", help="control: a stored linear head a task")
     g.add_argument("--embedding", choices=("prototypes", "vector"), default="prototypes",
                    help="control: a free vector a task, of the same size")
@@ -926,6 +976,9 @@ def parse_args(argv=None):
                    help="auto: bf16 or fp16 on CUDA, fp32 elsewhere")
     g.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<tasks>")
     g.add_argument("--resume", action="store_true", help="go on from the last finished task")
+    g = p.add_argument_group("instead of a run")
+    g.add_argument("--report", metavar="DIR", help="print a table of all finished runs below DIR")
+    g.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="of --report")
     given = p.parse_known_args(argv)[0]
     p.set_defaults(**DEFAULTS.get(given.dataset, {}))
     args = p.parse_args(argv)
@@ -949,6 +1002,9 @@ def main(argv=None):
     args = None
     try:
         args = parse_args(argv)
+        if args.report:
+            report(args.report, args.format)
+            return 0
         data = load_dataset(args.dataset, args.data, args.image_size)
         results = []
         for i, seed in enumerate(args.seeds):
@@ -958,7 +1014,7 @@ def main(argv=None):
                   f"and {len(data.test_images):,} test images\nseed {seed}, {args.device}, {args.precision}, to "
                   f"{args.out}/seed{seed}", flush=True)
             results.append(run(args, seed, tasks, runs_left=len(args.seeds) - 1 - i))
-            report(results[-1])
+            print_result(results[-1])
         if len(results) > 1:
             print(f"{len(results)} seeds: " + ", ".join(
                 f"{name} {mean_std([r[name] for r in results])}" for name in ("AA", "FM", "BWT", "LA")
@@ -972,16 +1028,6 @@ def main(argv=None):
         print(f"pah.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def report(result):
-    """Print the accuracy matrix and the summary of one results.json."""
-    print("\naccuracy in % on task (column) after task (row)")
-    for k, row in enumerate(result["accuracy"]):
-        print(f"{k + 1:>3} " + "".join(f"{a:>6.1f}" for a in row))
-    print("  ".join(f"{name} {result[name]:.2f}" for name in ("AA", "FM", "BWT", "LA") if result[name] is not None)
-          + f"  time {duration(result['seconds'])}  {result['images_per_second']:,.0f} images/s  "
-          f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,3 +21,4 @@ for dataset in "cifar100 10" "tinyimagenet 10" "tinyimagenet 20"; do
   run "$data-$tasks-vector" "${setting[@]}" --embedding vector "$@"
   run "$data-$tasks-joint" "${setting[@]}" --joint "$@"
 done
+python pah.py --report runs

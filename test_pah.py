@@ -548,6 +548,31 @@ def test_cuda(precision, tmp_path):
     assert results(tmp_path)["AA"] > 60
 
 
+def test_report(tmp_path, capsys):
+    def leave(name, seed, AA, FM, complete=True, **options):
+        folder = tmp_path / name / f"seed{seed}"
+        folder.mkdir(parents=True)
+        args = vars(pah.parse_args(["--dataset", "synthetic"])) | {"out": name, "seeds": [seed]} | options
+        r = dict(args=args, seed=seed, AA=AA, FM=FM, LA=AA + 1, seconds=61, complete=complete)
+        (folder / "results.json").write_text(json.dumps(r))
+
+    leave("a", 0, 80.0, 1.0), leave("a", 1, 82.0, 3.0), leave("b", 0, 40.0, 50.0, lam=0.0)
+    leave("c", 0, 90.0, None, joint=True), leave("d", 0, 1.0, 1.0, complete=False)
+    (tmp_path / "e").mkdir(), (tmp_path / "e/results.json").write_text("{")
+    run_main("--report", tmp_path)
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
+        "synthetic, 5 tasks --lam 1.0", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 1.0"]
+    assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "0 1" in out and "1:01" in out
+    assert err.count("left out") == 2 and "d/seed0" in err and "e/results.json" in err
+    run_main("--report", tmp_path, "--format", "markdown")
+    assert all(line.count("|") == 7 for line in capsys.readouterr().out.splitlines())
+    run_main("--report", tmp_path, "--format", "latex")
+    out = capsys.readouterr().out
+    assert out.startswith("\\begin{tabular}") and out.count(" & ") == 20 and "81.00 $\\pm$ 1.41" in out
+    run_main("--report", tmp_path / "e", code=2)
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, says", [
