@@ -155,19 +155,22 @@ def synthetic(size=16, classes=20, train=200, test=50):
 def read_torchvision(name, root, size):
     """CIFAR-100 and MNIST through torchvision, which checks their MD5 sums. Greyscale becomes three equal channels."""
     from torchvision import datasets
-    cls, home, archives = {
-        "cifar100": (datasets.CIFAR100, "cifar-100-python", ["cifar-100-python.tar.gz"]),
-        "mnist": (datasets.MNIST, "MNIST", [f"MNIST/raw/{file}" for file, _ in datasets.MNIST.resources]),
+    cls, home, files, archives = {
+        "cifar100": (datasets.CIFAR100, "cifar-100-python", ["train", "test", "meta"], ["cifar-100-python.tar.gz"]),
+        "mnist": (datasets.MNIST, "MNIST/raw", [file.removesuffix(".gz") for file, _ in datasets.MNIST.resources],
+                  [f"MNIST/raw/{file}" for file, _ in datasets.MNIST.resources]),
     }[name]
     try:
-        if not (root / home).exists():
+        if not all((root / home / file).exists() for file in files):
             with downloads(root, " and ".join(archives)) as scratch:
                 for archive in archives:  # put there by hand, for machines without a network
                     if (root / archive).exists():
                         (scratch / archive).parent.mkdir(parents=True, exist_ok=True)
                         os.symlink((root / archive).resolve(), scratch / archive)
                 cls(scratch, train=True, download=True)
-                os.replace(scratch / home, root / home)
+                (root / home).mkdir(parents=True, exist_ok=True)
+                for file in files:
+                    os.replace(scratch / home / file, root / home / file)
         train, test = cls(root, train=True), cls(root, train=False)
     except (RuntimeError, AssertionError, ValueError, EOFError) as error:
         raise Problem(f"{root / home}: not the published files ({one_line(error)}); delete it and run again") from error

@@ -3,13 +3,14 @@
 # Finished runs are skipped and cut-off ones go on, so it can be started again at any time.
 set -euo pipefail
 cd "$(dirname "$0")"
+python=${PYTHON:-python3}
 seeds=(--seeds 0 1 2)
 
 run() { # name, flags
   local name=$1
   shift
   echo "== $name"
-  python pah.py --out "runs/$name" --resume "${seeds[@]}" "$@"
+  "$python" pah.py --out "runs/$name" --resume "${seeds[@]}" "$@"
 }
 
 for dataset in "cifar100 10" "tinyimagenet 10" "tinyimagenet 20"; do
@@ -21,4 +22,4 @@ for dataset in "cifar100 10" "tinyimagenet 10" "tinyimagenet 20"; do
   run "$data-$tasks-vector" "${setting[@]}" --embedding vector "$@"
   run "$data-$tasks-joint" "${setting[@]}" --joint "$@"
 done
-python pah.py --report runs
+"$python" pah.py --report runs

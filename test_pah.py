@@ -1,6 +1,7 @@
 """Tests of pah.py: no network, no GPU, no published data; under three minutes on two cores. CUDA tests run where there
 is CUDA."""
 import copy
+import gzip
 import hashlib
 import io
 import json
@@ -308,13 +309,17 @@ def test_cifar100(tmp_path, monkeypatch):
         load_dataset("cifar100", tmp_path)
 
 
-def test_mnist(tmp_path):
-    raw = tmp_path / "MNIST/raw"
+def fake_mnist(raw):
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for split, n in ("train", 20), ("t10k", 10):
         (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes())
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes([i % 10 for i in range(n)]))
+    return pixels
+
+
+def test_mnist(tmp_path):
+    pixels = fake_mnist(tmp_path / "MNIST/raw")
     data = load_dataset("mnist", tmp_path, 28)
     assert np.array_equal(data.train_images.numpy(), np.repeat(pixels[:, None], 3, 1))
     assert data.test_labels.tolist() == list(range(10)) and len(split_tasks(data, 5)) == 5
@@ -660,15 +665,26 @@ def test_no_network(tmp_path, capsys, monkeypatch):
 
 
 def test_archives_put_there_by_hand(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR100
+    from torchvision.datasets import CIFAR100, MNIST
     files = fake_cifar100(tmp_path / "x", monkeypatch)
-    (tmp_path / "d").mkdir()
-    with tarfile.open(tmp_path / "d/cifar-100-python.tar.gz", "w:gz") as tar:
+    archive = tmp_path / "d/cifar-100-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "x/cifar-100-python", "cifar-100-python")
-    md5 = hashlib.md5((tmp_path / "d/cifar-100-python.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setattr(CIFAR100, "tgz_md5", md5)
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     data = load_dataset("cifar100", tmp_path / "d")
     assert np.array_equal(data.test_images.numpy(), files["test"]["data"].reshape(-1, 3, 32, 32))
+
+    fake_mnist(tmp_path / "d/MNIST/raw")
+    resources = []
+    for file in sorted((tmp_path / "d/MNIST/raw").iterdir()):
+        blob = gzip.compress(file.read_bytes())
+        file.with_name(file.name + ".gz").write_bytes(blob)
+        resources.append((file.name + ".gz", hashlib.md5(blob).hexdigest()))
+        file.unlink()
+    monkeypatch.setattr(MNIST, "resources", resources)
+    assert len(load_dataset("mnist", tmp_path / "d").train_images) == 20
+    assert not list((tmp_path / "d").glob(".download*"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
