@@ -332,13 +332,15 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
         for c in range(n):
             if not len(rows[c]):
                 raise Problem(f"class {data.classes[c]!r} has no {name} images")
-    out = []
-    for members in order.view(tasks, -1).tolist():
-        pick = lambda images, rows: (images[torch.cat([rows[c] for c in members])],
-                                     torch.cat([torch.full((len(rows[c]),), i) for i, c in enumerate(members)]))
-        out.append(Task([data.classes[c] for c in members], *pick(data.train_images, train_rows),
-                        *pick(test_images, test_rows)))
-    return out
+
+    def pick(images, rows, members):
+        index = torch.cat([rows[c] for c in members])
+        if (index.diff() == 1).all():  # a view where it can be one: no second copy of a large data set
+            index = slice(int(index[0]), int(index[-1]) + 1)
+        return images[index], torch.cat([torch.full((len(rows[c]),), i) for i, c in enumerate(members)])
+
+    return [Task([data.classes[c] for c in members], *pick(data.train_images, train_rows, members),
+                 *pick(test_images, test_rows, members)) for members in order.view(tasks, -1).tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -967,7 +969,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--lr", type=rate, default=2e-3, help="peak learning rate of the backbone")
-    g.add_argument("--hyper-lr", type=rate, default=3e-5, help="of the hypernetwork")
+    g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.05)
     g.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="F")
