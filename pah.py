@@ -524,7 +524,7 @@ def soft_loss_prototypes(model, teacher, n, temperature=2.0):
     return distillation(logits(new, heads), logits(old, teacher.heads(n)), temperature).mean(1).sum()
 
 
-def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, smoothing=0.0):
+def joint_loss(model, teacher, images, labels, task, lam=0.5, mu=1.0, temperature=2.0, smoothing=0.0):
     """L = L_hm + lam L_sm + mu L_sp on one batch.
 
     Args:
@@ -949,7 +949,7 @@ def parse_args(argv=None):
                    help="evaluate on this part of the training images, held out, instead of the test set")
     g.add_argument("--stop-after", type=count, metavar="N", help="stop after N of the K tasks")
     g = p.add_argument_group("method")
-    g.add_argument("--lam", type=weight, default=1.0, help="weight of L_sm (Eq. 5)")
+    g.add_argument("--lam", type=weight, default=0.5, help="weight of L_sm (Eq. 5)")
     g.add_argument("--mu", type=weight, default=1.0, help="weight of L_sp (Eq. 6)")
     g.add_argument("--temperature", type=rate, default=2.0, metavar="T", help="of the distillation")
     g.add_argument("--proto-size", type=number(int, 1, 256), default=10, metavar="S", help="side of a prototype")

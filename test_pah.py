@@ -443,7 +443,7 @@ def test_results_and_files(learned):
     assert r["complete"] and [len(row) for row in r["accuracy"]] == [1, 2, 3, 4, 5]
     assert r["AA"] == average_accuracy(r["accuracy"]) and r["FM"] == forgetting(r["accuracy"])
     assert r["BWT"] == backward_transfer(r["accuracy"]) and r["LA"] == pah.learning_accuracy(r["accuracy"])
-    assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 1.0
+    assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 0.5
     assert r["seconds"] > 0 and r["images_per_second"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
     assert {p.name for p in folder.iterdir()} == {"results.json", "checkpoint.pt", "prototypes.png",
                                                    "prototypes-initial.pt"}
@@ -562,7 +562,7 @@ def test_report(tmp_path, capsys):
     run_main("--report", tmp_path)
     out, err = capsys.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
-        "synthetic, 5 tasks --lam 1.0", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 1.0"]
+        "synthetic, 5 tasks --lam 0.5", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 0.5"]
     assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "0 1" in out and "1:01" in out
     assert err.count("left out") == 2 and "d/seed0" in err and "e/results.json" in err
     run_main("--report", tmp_path, "--format", "markdown")
