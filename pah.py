@@ -846,7 +846,10 @@ def draw_prototypes(path, initial, learned, tasks, scale=4):
     for t in range(k):
         for c in range(classes):
             x, y = gap + c * (tile + 2), gap + t * block
-            draw.text((x, y), str(tasks[t].classes[c])[:9], fill="black", font_size=9)
+            name = str(tasks[t].classes[c])
+            while draw.textlength(name, font_size=9) > tile:
+                name = name[:-1]
+            draw.text((x, y), name, fill="black", font_size=9)
             for row in range(2):
                 image = Image.fromarray(pixels[t, row, c].movedim(0, -1).numpy())
                 picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (x, y + label + row * (tile + 2)))
