@@ -594,7 +594,7 @@ def evaluate(model, task, images, labels, batch_size=500):
 # Training
 
 def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay):
-    """AdamW. Matrices and filters decay; biases, BatchNorm and prototypes do not."""
+    """AdamW. The backbone's filters, the hypernetwork and stored heads decay; BatchNorm and prototypes do not."""
     backbone = list(model.backbone.parameters())
     groups = [dict(params=[p for p in backbone if p.ndim > 1], lr=lr, weight_decay=weight_decay),
               dict(params=[p for p in backbone if p.ndim <= 1], lr=lr, weight_decay=0)]
