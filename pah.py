@@ -881,7 +881,10 @@ def report(folder, style="text"):
                 raise ValueError("unfinished")
             options = {k: v for k, v in result["args"].items() if k not in SAME_RESULT | {"classes"}}
             options["stop_after"] = result["args"]["stop_after"]
-            settings.setdefault(json.dumps(options, sort_keys=True), []).append(result)
+            same_setting = settings.setdefault(json.dumps(options, sort_keys=True), [])
+            if result["seed"] in [r["seed"] for r in same_setting]:
+                raise ValueError(f"seed {result['seed']} of this setting is counted already")
+            same_setting.append(result)
         except (ValueError, KeyError, TypeError) as error:
             print(f"left out: {path} ({one_line(error)})", file=sys.stderr)
     if not settings:

@@ -558,13 +558,14 @@ def test_report(tmp_path, capsys):
 
     leave("a", 0, 80.0, 1.0), leave("a", 1, 82.0, 3.0), leave("b", 0, 40.0, 50.0, lam=0.0)
     leave("c", 0, 90.0, None, joint=True), leave("d", 0, 1.0, 1.0, complete=False)
+    leave("f", 0, 80.0, 1.0)  # seed 0 of the first setting once more: no third seed
     (tmp_path / "e").mkdir(), (tmp_path / "e/results.json").write_text("{")
     run_main("--report", tmp_path)
     out, err = capsys.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
         "synthetic, 5 tasks --lam 0.5", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 0.5"]
     assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "0 1" in out and "1:01" in out
-    assert err.count("left out") == 2 and "d/seed0" in err and "e/results.json" in err
+    assert err.count("left out") == 3 and "d/seed0" in err and "counted already" in err and "e/results.json" in err
     run_main("--report", tmp_path, "--format", "markdown")
     assert all(line.count("|") == 7 for line in capsys.readouterr().out.splitlines())
     run_main("--report", tmp_path, "--format", "latex")
