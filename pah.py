@@ -24,6 +24,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -53,8 +55,44 @@ def written_whole(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
+        raise Problem(f"{path}: cannot be written ({one_line(error)[:80]}); what was there before is untouched: make "
+                      "room, or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder, busy=None):
+    """Keeps other processes out of `folder`: raises Problem(busy) if one is there, or without `busy` waits for it.
+    Yields whether it had to wait. The system lifts the lock with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waited, handle = False, None
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if busy:
+                raise Problem(busy) from error
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            waited = True
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    try:
+        for left in [*folder.glob(".*.tmp"), *folder.glob(".download-*")]:  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        yield waited
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def rank_and_world():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
 @contextlib.contextmanager
@@ -111,21 +149,31 @@ def load_dataset(name, root="data", image_size=None):
         content = hashlib.md5(repr(files).encode()).hexdigest()
         stem, signature = f"{folder.name}-{size}", f"{CACHE_FORMAT} {folder} {size} {content}"
     cache = root / f"{stem}.npz"
-    if cache.exists():
-        try:  # a zip file checks the CRC of all that is read from it
-            with np.load(cache, allow_pickle=False) as f:
-                if str(f["signature"]) == signature:
-                    return Data(*(torch.from_numpy(f[key]) for key in Data._fields[:4]), f["classes"].tolist())
-                print(f"{cache} is of other files or settings: rebuilding it", file=sys.stderr)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            print(f"{cache} is damaged ({error}): rebuilding it", file=sys.stderr)
-    read = {"cifar100": read_torchvision, "mnist": read_torchvision, "tinyimagenet": read_tinyimagenet}
-    data = read.get(name, read_folder)(name, root, size)
-    root.mkdir(parents=True, exist_ok=True)
-    arrays = {key: value.numpy() for key, value in zip(Data._fields, data[:4])}
-    with written_whole(cache) as temporary, open(temporary, "wb") as f:
-        np.savez(f, **arrays, classes=np.array(data.classes), signature=np.array(signature))
+    data = read_cache(cache, signature)
+    if data is None:
+        with locked(root) as waited:
+            data = read_cache(cache, signature) if waited else None  # another process may have built it meanwhile
+            if data is None:
+                read = {"cifar100": read_torchvision, "mnist": read_torchvision, "tinyimagenet": read_tinyimagenet}
+                data = read.get(name, read_folder)(name, root, size)
+                arrays = {key: value.numpy() for key, value in zip(Data._fields, data[:4])}
+                with written_whole(cache) as temporary, open(temporary, "wb") as f:
+                    np.savez(f, **arrays, classes=np.array(data.classes), signature=np.array(signature))
     return data
+
+
+def read_cache(cache, signature):
+    """Data, or None where the file is not there, is damaged, or was made of other files or settings."""
+    try:
+        with np.load(cache, allow_pickle=False) as f:  # a zip file checks the CRC of all that is read from it
+            if str(f["signature"]) == signature:
+                return Data(*(torch.from_numpy(f[key]) for key in Data._fields[:4]), f["classes"].tolist())
+            print(f"{cache} is of other files or settings: rebuilding it", file=sys.stderr)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"{cache} is damaged ({error}): rebuilding it", file=sys.stderr)
+    return None
 
 
 def synthetic(size=16, classes=20, train=200, test=50):
@@ -510,27 +558,30 @@ def distillation(new, old, temperature=2.0):
     return temperature**2 * F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
 
 
-def soft_loss_prototypes(model, teacher, n, temperature=2.0):
+def soft_loss_prototypes(model, teacher, n, temperature=2.0, drawn=0):
     """L_sp (Eq. 6): the prototypes of the first n tasks as input images, student against teacher, each with the head
     that it generates for that task; mean over a task's prototypes, sum over tasks. Its gradient reaches those
-    prototypes alone: the student's weights are constants here, and its BatchNorm uses its running statistics."""
-    prototypes = model.prototypes[:n]
+    prototypes alone: the student's weights are constants here, and its BatchNorm uses its running statistics.
+    `drawn` > 0: that many of the tasks, drawn at random, stand for all n, an unbiased estimate of constant cost."""
+    tasks = torch.randperm(n, device=model.prototypes.device)[:drawn] if 0 < drawn < n else slice(n)
+    prototypes, old_heads = model.prototypes[tasks], teacher.heads(n)[tasks]
     images = prototypes.flatten(0, 1).expand(-1, 3, -1, -1)
     heads = torch.func.functional_call(model.hypernetwork, detached(model.hypernetwork), prototypes.flatten(1))
     with torch.no_grad():
         old = teacher.features(images)
-    logits = lambda features, heads: torch.einsum("npd,ncd->npc", features.unflatten(0, (n, -1)), heads)
+    logits = lambda features, heads: torch.einsum("npd,ncd->npc", features.unflatten(0, heads.shape[:2]), heads)
     new = model.features(images, constant=True)
-    return distillation(logits(new, heads), logits(old, teacher.heads(n)), temperature).mean(1).sum()
+    return distillation(logits(new, heads), logits(old, old_heads), temperature).mean() * n
 
 
-def joint_loss(model, teacher, images, labels, task, lam=0.5, mu=1.0, temperature=2.0, smoothing=0.0):
+def joint_loss(model, teacher, images, labels, task, lam=0.5, mu=1.0, temperature=2.0, smoothing=0.0, sp_tasks=0):
     """L = L_hm + lam L_sm + mu L_sp on one batch.
 
     Args:
         model, teacher: the PAH in training and the frozen one from the end of the task before (None in the first).
         images, labels: normalised images (B, 3, H, W), class numbers within the task (B,).
         task: the task's number k, counted from 0; or a tensor (B,) of them, one an image (joint training).
+        sp_tasks: estimate L_sp from that many earlier tasks; 0 takes all.
 
     Returns:
         the loss to minimise, and the three losses as a detached tensor (3,).
@@ -546,7 +597,7 @@ def joint_loss(model, teacher, images, labels, task, lam=0.5, mu=1.0, temperatur
             old = torch.einsum("bd,ncd->bnc", teacher.features(images), teacher.heads(n))
         l_sm = distillation(logits[:, :n], old, temperature).mean(0).sum()
     if n and mu and model.distils_prototypes:
-        l_sp = soft_loss_prototypes(model, teacher, n, temperature)
+        l_sp = soft_loss_prototypes(model, teacher, n, temperature, sp_tasks)
     return l_hm + lam * l_sm + mu * l_sp, torch.stack([l_hm, l_sm, l_sp]).detach()
 
 
@@ -580,12 +631,14 @@ def learning_accuracy(R):
 @torch.inference_mode()
 def evaluate(model, task, images, labels, batch_size=500):
     """Percentage of correct answers on one task, in eval mode, its head generated now; the model's mode is left as it
-    was. Images are uint8 (N, 3, H, W), labels (N,)."""
-    training, device = model.training, next(model.parameters()).device
+    was. Images are uint8 (N, 3, H, W), labels (N,). Under torchrun each process takes its share."""
+    training, device, (rank, world) = model.training, next(model.parameters()).device, rank_and_world()
     model.eval()
-    right = 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        right = right + (model(normalise(x.to(device)), task).argmax(1) == y.to(device)).sum()
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for x, y in zip(images[rank::world].split(batch_size), labels[rank::world].split(batch_size)):
+        right += (model(normalise(x.to(device)), task).argmax(1) == y.to(device)).sum()
+    if world > 1:
+        torch.distributed.all_reduce(right)
     model.train(training)
     return 100 * int(right) / len(labels)
 
@@ -593,17 +646,67 @@ def evaluate(model, task, images, labels, batch_size=500):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay):
-    """AdamW. The backbone's filters, the hypernetwork and stored heads decay; BatchNorm and prototypes do not."""
-    backbone = list(model.backbone.parameters())
-    groups = [dict(params=[p for p in backbone if p.ndim > 1], lr=lr, weight_decay=weight_decay),
-              dict(params=[p for p in backbone if p.ndim <= 1], lr=lr, weight_decay=0)]
+def orthogonalised(matrices, steps=5):
+    """U V^T for each of the matrices U S V^T, (n, rows, columns), roughly: singular values end between 0.7 and 1.2.
+
+    Newton-Schulz iteration with the quintic of Jordan et al. 2024. It runs on the small Gram matrix, so that the long
+    side is multiplied twice, not twice a step; that needs fp32."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    gram = x @ x.mT
+    product = eye = torch.eye(gram.shape[-1], device=x.device).expand_as(gram)
+    for _ in range(steps):
+        factor = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        gram, product = factor @ gram @ factor, factor @ product
+    x = product @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but in parameter groups with `muon=True` each filter bank, as a matrix (outputs, the rest), moves along its
+    orthogonalised Nesterov momentum (Jordan et al. 2024)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in (g for g in self.param_groups if g.get("muon")):
+            same_shape = {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                same_shape.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(momentum, 0.95).flatten(1)))
+                p.grad = None  # AdamW leaves it alone
+            for (rows, columns), filters in same_shape.items():
+                parameters, updates = zip(*filters)
+                for p, update in zip(parameters, orthogonalised(torch.stack(updates))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        return super().step(closure)
+
+
+def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
+    """Muon for the backbone's filters at `lr` and AdamW for the rest (its BatchNorm, and stored heads, at lr / 10); with
+    muon=False AdamW for all. Filters, hypernetwork and stored heads decay; BatchNorm and prototypes do not."""
+    backbone, adam_lr = list(model.backbone.parameters()), lr / 10 if muon else lr
+    groups = [dict(params=[p for p in backbone if p.ndim > 1], lr=lr, weight_decay=weight_decay, muon=muon),
+              dict(params=[p for p in backbone if p.ndim <= 1], lr=adam_lr, weight_decay=0)]
     if hasattr(model, "stored"):
-        groups += [dict(params=[model.stored], lr=lr, weight_decay=weight_decay)]
+        groups += [dict(params=[model.stored], lr=adam_lr, weight_decay=weight_decay)]
     else:
         groups += [dict(params=model.hypernetwork.parameters(), lr=hyper_lr, weight_decay=weight_decay),
                    dict(params=[model.prototypes], lr=proto_lr, weight_decay=0)]
-    return torch.optim.AdamW(groups)
+    fused = backbone[0].device.type in ("cpu", "cuda") and model.precision != "fp16"  # fused, it would unscale on its own
+    return Muon(groups, fused=fused)
+
+
+class Objective(nn.Module):
+    """joint_loss as a module, for DistributedDataParallel to wrap: what it synchronises is the real thing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch):
+        return joint_loss(self.model, *batch)
 
 
 def train_task(model, teacher, task, images, labels, args, progress):
@@ -615,38 +718,54 @@ def train_task(model, teacher, task, images, labels, args, progress):
         images, labels: uint8 (N, 3, H, W) and (N,).
         args: the command line's options.
         progress: called as progress(epoch, step, losses) with each step's (L_hm, L_sm, L_sp) so far, (steps, 3).
+
+    Under torchrun all processes draw the same batch and the same augmentation, and each takes its share: the run is the
+    one that a single process makes, up to rounding and to BatchNorm where it is not synchronised (on the CPU).
     """
-    device = next(model.parameters()).device
+    device, (rank, world) = next(model.parameters()).device, rank_and_world()
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
         images = images.to(device)
     labels = labels.to(device)
-    n, batch = len(images), min(args.batch_size, len(images))
-    steps = n // batch  # the rest of an epoch's random order is dropped
-    optimizer = make_optimizer(model, args.lr, args.hyper_lr, args.proto_lr, args.weight_decay)
+    steps, batch = steps_and_batch(len(images), args.batch_size, world)
+    optimizer = make_optimizer(model, args.lr, args.hyper_lr, args.proto_lr, args.weight_decay, args.optimizer == "muon")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups],
-                                                   total_steps=steps * args.epochs + 1)
+                                                   total_steps=steps * args.epochs + 1, cycle_momentum=False)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     losses = torch.zeros(steps * args.epochs, 3, device=device)
-    model.train()
+    objective = Objective(model.train())
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
     for epoch in range(args.epochs):
-        order = torch.randperm(n, device=images.device)[:steps * batch].view(steps, batch)
+        order = torch.randperm(len(images), device=images.device)[:steps * batch].view(steps, batch)
         for i, rows in enumerate(order):
             step = epoch * steps + i
             x = images[rows].to(device, non_blocking=True)
             y = labels[rows.to(device)]
             if args.augment != "none":
                 x = augment(x, pad=x.shape[-1] // 8, flip=args.augment == "crop-flip")
-            k = task
+            x, y, k = normalise(x[rank::world]), y[rank::world], task
             if task is None:
                 k, y = y // args.classes, y % args.classes
-            loss, losses[step] = joint_loss(model, teacher, normalise(x), y, k, args.lam, args.mu, args.temperature,
-                                            args.label_smoothing)
+            loss, losses[step] = objective(teacher, x, y, k, args.lam, args.mu, args.temperature, args.label_smoothing,
+                                           args.sp_tasks)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             progress(epoch, step, losses)
+    if world > 1:  # processes on the CPU have each seen their share of the images
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer)
+                buffer /= world
+
+
+def steps_and_batch(images, batch_size, world=1):
+    """Steps an epoch and images a step; the rest of an epoch's random order is dropped."""
+    batch = min(batch_size, images)
+    batch -= batch % world
+    return images // batch, batch
 
 
 class Progress:
@@ -657,8 +776,8 @@ class Progress:
 
     def begin(self, task, images):
         self.task, self.start, self.shown = task, time.perf_counter(), 0.0
-        self.batch = min(images, self.args.batch_size)
-        self.steps = images // self.batch * self.args.epochs
+        steps, self.batch = steps_and_batch(images, self.args.batch_size, rank_and_world()[1])
+        self.steps = steps * self.args.epochs
 
     def __call__(self, epoch, step, losses):
         now = time.perf_counter()
@@ -702,12 +821,14 @@ def build(args):
         except OSError as error:
             raise Problem(f"--pretrained: cannot fetch the weights ({one_line(error)}); put "
                           f"{ResNet18_Weights.DEFAULT.url} into {torch.hub.get_dir()}/checkpoints") from error
+    if args.device != "cpu" or args.width % 8 == 0:  # oneDNN's AVX2 kernels corrupt memory with other channel counts
+        backbone.to(memory_format=torch.channels_last)
     return PAH(backbone, args.tasks, args.classes, proto_size=args.proto_size, proto_channels=args.proto_channels,
                hidden=args.hidden, head=args.head, embedding=args.embedding, precision=args.precision)
 
 
 # Options that may differ between a run and its --resume.
-SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after", "report", "format"}
+SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after", "report", "with_reported", "format", "bench"}
 
 
 def read_checkpoint(path):
@@ -735,20 +856,22 @@ def load_checkpoint(path, device="cpu"):
 
 
 def run(args, seed, tasks, runs_left=0):
-    """One seed: train on the tasks in turn, evaluate after each, leave results.json, checkpoint.pt and prototypes.png
-    in OUT/seed<S>. Returns what results.json holds."""
-    folder = Path(args.out) / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = {n: folder / n for n in ("results.json", "checkpoint.pt", "prototypes.png", "prototypes-initial.pt")}
-    device = torch.device(args.device)
+    """One seed: train on the tasks in turn, evaluate after each, leave results.json, checkpoint.pt and pictures in
+    OUT/seed<S>. Returns what results.json holds."""
+    folder, device, (rank, world) = Path(args.out) / f"seed{seed}", torch.device(args.device), rank_and_world()
+    names = "results.json", "checkpoint.pt", "prototypes-initial.pt", "prototypes.png", "accuracy.png", "curves.png"
+    file = {name: folder / name for name in names}
     torch.manual_seed(seed)
     model = build(args).to(device)
-    model.backbone.to(memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     state = {"format": 1, "args": vars(args) | {"out": str(args.out)}, "seed": seed, "tasks_done": 0, "accuracy": [],
              "seconds": 0.0, "images": 0, "training_seconds": 0.0}
     initial = torch.zeros_like(model.prototypes.detach()).cpu() if model.distils_prototypes else None
-    if file["checkpoint.pt"].exists():
-        saved = read_checkpoint(file["checkpoint.pt"])
+    saved = [read_checkpoint(file["checkpoint.pt"]) if rank == 0 and file["checkpoint.pt"].exists() else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(saved)
+    if saved := saved[0]:
         differing = [f"--{k.replace('_', '-')} ({saved['args'].get(k)} there, {v} now)"
                      for k, v in state["args"].items() if k not in SAME_RESULT and saved["args"].get(k) != v]
         if not args.resume or differing:
@@ -758,11 +881,11 @@ def run(args, seed, tasks, runs_left=0):
                 f"an unfinished run, {saved['tasks_done']} of {len(tasks)} tasks: add --resume to go on, or give "
                 "another --out"))
         model.load_state_dict(saved.pop("model"))
-        state = saved
+        state = saved | {"args": state["args"]}
         if initial is not None and file["prototypes-initial.pt"].exists():
             initial = read_checkpoint(file["prototypes-initial.pt"])["prototypes"]
     rounds = [len(tasks) - 1] if args.joint else range(args.tasks if args.stop_after is None else args.stop_after)
-    R, progress = state["accuracy"], Progress(args, rounds, runs_left)
+    R, progress, result = state["accuracy"], Progress(args, rounds, runs_left), None
     for k in rounds:
         if k < state["tasks_done"]:
             continue
@@ -781,24 +904,30 @@ def run(args, seed, tasks, runs_left=0):
         progress.begin(k, len(images))
         train_task(model, teacher, None if args.joint else k, images, labels, args, progress)
         progress.clear()
-        trained = time.perf_counter() - start
+        state["training_seconds"] += time.perf_counter() - start
         R.append([evaluate(model, j, tasks[j].test_images, tasks[j].test_labels) for j in range(k + 1)])
         state["tasks_done"] = k + 1
-        state["images"] += len(images) // (batch := min(len(images), args.batch_size)) * batch * args.epochs
-        state["training_seconds"] += trained
+        state["images"] += math.prod(steps_and_batch(len(images), args.batch_size, world)) * args.epochs
         state["seconds"] += time.perf_counter() - start
-        print(f"task {k + 1:>2}/{len(tasks)}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
+        result = summary(state, model, complete=k == rounds[-1])
+        print(f"task {k + 1:>2}/{len(tasks)}  AA {result['AA']:5.2f}  FM {result['FM'] or 0:5.2f}  "
               f"{duration(state['seconds'])}  |" + "".join(f" {a:.1f}" for a in R[-1]), flush=True)
+        if rank:
+            continue
         if initial is not None:  # apart from the checkpoint, which holds no image; read for the picture alone
             with written_whole(file["prototypes-initial.pt"]) as temporary:
                 torch.save({"format": 1, "prototypes": initial}, temporary)
             with written_whole(file["prototypes.png"]) as temporary:
                 draw_prototypes(temporary, initial[:k + 1], model.prototypes[:k + 1].detach().cpu(), tasks)
+        if not args.joint:
+            for name, draw in ("accuracy.png", draw_accuracy), ("curves.png", draw_curves):
+                with written_whole(file[name]) as temporary:
+                    draw(temporary, R, f"{Path(args.dataset).name}, {len(tasks)} tasks, seed {seed}")
         with written_whole(file["results.json"]) as temporary:
-            temporary.write_text(json.dumps(summary(state, model, complete=k == rounds[-1]), indent=1) + "\n")
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
         with written_whole(file["checkpoint.pt"]) as temporary:
             torch.save(state | {"model": model.state_dict()}, temporary)
-    return json.loads(file["results.json"].read_text())
+    return result or json.loads(file["results.json"].read_text())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -810,23 +939,17 @@ def summary(state, model, complete):
     count = lambda module: sum(p.numel() for p in module.parameters())
     prototypes = getattr(model, "prototypes", torch.empty(0, 0))
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "args": state["args"], "seed": state["seed"], "accuracy": R, "AA": average_accuracy(R),
         "FM": None if joint else forgetting(R), "BWT": None if joint else backward_transfer(R),
         "LA": None if joint else learning_accuracy(R), "seconds": state["seconds"],
-        "images_per_second": state["images"] / state["training_seconds"], "peak_memory_bytes": peak,
+        "images_per_second": state["images"] / state["training_seconds"], "peak_memory_bytes": peak_memory(device),
         "parameters": {"backbone": count(model.backbone),
                        "hypernetwork": count(model.hypernetwork) if hasattr(model, "hypernetwork") else 0,
                        "prototypes": prototypes.numel(),
                        "prototypes_per_task": prototypes.numel() // state["args"]["tasks"]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": torch.cuda.get_device_name() if device.type == "cuda"
-        else f"{device}, {torch.get_num_threads()} threads",
+        "device": device_name(device), "processes": rank_and_world()[1],
         "complete": complete,
     }
 
@@ -856,6 +979,61 @@ def draw_prototypes(path, initial, learned, tasks, scale=4):
     picture.save(path, format="PNG")
 
 
+def draw_accuracy(path, R, title, cell=44):
+    """The accuracy matrix as a heat map: on task (column) after task (row), in percent."""
+    from PIL import Image, ImageDraw
+    left, top, k = 64, 66, len(R)
+    picture = Image.new("RGB", (max(left + k * cell + 10, 330), top + k * cell + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 8), title, "black", font_size=15)
+    draw.text((10, 28), f"AA {average_accuracy(R):.2f}   FM {forgetting(R):.2f}", "black", font_size=15)
+    draw.text((10, top - 16), "after task", "black", font_size=11)
+    draw.text((left, top + k * cell + 16), "accuracy in % on task", "black", font_size=11)
+    low, high = min(map(min, R)), max(map(max, R))
+    for i, row in enumerate(R):
+        middle = top + (i + 0.5) * cell
+        draw.text((left - 8, middle), str(i + 1), "black", font_size=12, anchor="rm")
+        draw.text((left + (i + 0.5) * cell, top + k * cell + 9), str(i + 1), "black", font_size=12, anchor="mm")
+        for j, a in enumerate(row):
+            x, share = left + j * cell, (a - low) / max(high - low, 1)
+            colour = tuple(round(pale + share * (dark - pale)) for pale, dark in ((236, 16), (243, 72), (250, 120)))
+            draw.rectangle((x, top + i * cell, x + cell - 2, top + (i + 1) * cell - 2), colour)
+            draw.text((x + cell / 2 - 1, middle - 1), f"{a:.1f}", "white" if share > 0.4 else "black", font_size=13,
+                      anchor="mm")
+    picture.save(path, format="PNG")
+
+
+def draw_curves(path, R, title, width=760, height=430):
+    """Each task's accuracy over the sequence, and their mean so far (AA) in bold."""
+    import colorsys
+
+    from PIL import Image, ImageDraw
+    s, k = 3, len(R)  # drawn three times as large, then scaled down: Pillow's lines are not smooth
+    picture = Image.new("RGB", (s * width, s * height), "white")
+    draw = ImageDraw.Draw(picture)
+    text = lambda x, y, words, size=12, colour="black", anchor="mm": draw.text(
+        (s * x, s * y), words, colour, font_size=s * size, anchor=anchor, stroke_width=2 * s, stroke_fill="white")
+    low, high = 10 * math.floor(min(map(min, R)) / 10), 10 * math.ceil(max(map(max, R)) / 10 + 0.01)
+    where = lambda i, a: (s * (60 + (width - 90) * i / max(k - 1, 1)), s * (height - 50 - (height - 100) * (a - low)
+                                                                            / (high - low)))
+    text(width / 2, 18, f"{title}:  AA {average_accuracy(R):.2f}   FM {forgetting(R):.2f}", 15)
+    text(width / 2, height - 14, "after task (each line: accuracy in % on the task of its number; bold: their mean, AA)")
+    for a in range(low, high + 1, 5 if high - low <= 30 else 10):
+        draw.line((where(0, a), where(k - 1, a)), (225, 225, 225), s)
+        text(48, where(0, a)[1] / s, str(a), anchor="rm")
+    for i in range(k):
+        text(where(i, low)[0] / s, height - 34, str(i + 1))
+    lines = [[where(i, R[i][j]) for i in range(j, k)] for j in range(k)]
+    colours = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.8 * j / k, 0.75, 0.8)) for j in range(k)]
+    for points, colour in zip(lines, colours):
+        draw.line(points, colour, 2 * s, joint="curve")
+    draw.line([where(i, sum(row) / len(row)) for i, row in enumerate(R)], "black", 5 * s, joint="curve")
+    for j, (((x, y), *_), colour) in enumerate(zip(lines, colours)):
+        draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), colour)
+        text(x / s, y / s - 12, str(j + 1), colour=colour)
+    picture.resize((width, height), Image.Resampling.LANCZOS).save(path, format="PNG")
+
+
 def mean_std(values):
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
@@ -870,9 +1048,23 @@ def print_result(result):
           f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB\n", flush=True)
 
 
-def report(folder, style="text"):
+REPORTED = """
+GCR, 200 stored images | 64.24 ± 0.83 | 24.12 ± 1.17 | 42.11 ± 1.01 | 40.36 ± 1.08
+DER, 200 stored images | 63.09 ± 1.09 | 25.98 ± 1.55 | 42.27 ± 0.90 | 40.43 ± 1.05
+CCLIS, 200 stored images | 72.93 ± 0.46 | 14.17 ± 0.20 | 48.29 ± 0.78 | 33.20 ± 0.75
+SI | 63.58 ± 0.37 | 27.98 ± 0.34 | 44.96 ± 2.41 | 26.29 ± 1.40
+A-GEM, 200-250 stored images | 59.81 ± 1.07 | 30.08 ± 0.91 | 60.45 ± 0.24 | 24.94 ± 1.24
+PNN | 66.58 ± 1.00 | - | 62.15 ± 1.35 | -
+HN-2, 200-400 stored images | 62.80 ± 1.60 | 4.10 ± 0.50 | 39.90 ± 0.40 | 10.20 ± 2.20
+HN-3, 200-400 stored images | 58.80 ± 1.00 | 7.40 ± 0.90 | 31.40 ± 1.80 | 5.20 ± 0.70
+PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
+"""  # Table 1 of the paper, which collects its rows from other papers: AA and FM on Split-CIFAR100 and TinyImageNet
+
+
+def report(folder, style="text", with_reported=False):
     """Print a table of all finished runs below `folder`: a row a setting, mean ± standard deviation over its seeds.
-    A setting is named by its data set, its tasks and the options in which the settings differ."""
+    A setting is named by its data set, its tasks and the options in which the settings differ. `with_reported` puts the
+    numbers that the paper reports above them, for the data sets that were run."""
     settings = {}
     for path in sorted(Path(folder).rglob("results.json")):
         try:
@@ -892,6 +1084,10 @@ def report(folder, style="text"):
     options = [json.loads(key) for key in settings]
     differing = sorted(k for k in options[0] if k not in ("dataset", "tasks") and len({o.get(k) for o in options}) > 1)
     rows = [["setting", "AA", "FM", "LA", "seeds", "time"]]
+    for column, dataset in (1, "cifar100"), (3, "tinyimagenet"):
+        if with_reported and any(o["dataset"] == dataset for o in options):
+            for cells in (line.split(" | ") for line in REPORTED.strip().splitlines()):
+                rows.append([f"{dataset}: {cells[0]} (reported)", *cells[column:column + 2], "-", "-", "-"])
     for setting, results in zip(options, settings.values()):
         name = [f"{Path(setting['dataset']).name}, {setting['tasks']} tasks"]
         name += [f"--{k.replace('_', '-')}" + ("" if setting[k] is True else f" {setting[k]}")
@@ -910,6 +1106,106 @@ def report(folder, style="text"):
     for row in [rows[0], rule, *rows[1:]] if style == "markdown" else rows:
         cells = [cell.ljust(w) for cell, w in zip(row, widths)]
         print(f"| {' | '.join(cells)} |" if style == "markdown" else "  ".join(cells).rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+def bench(args, task, rounds=4, budget=60.0):
+    """Print the speed of a training step at several tasks, beside the least that it could cost: the bare student's
+    forward and backward pass and the bare teacher's forward pass, on one batch that is already there (the floor).
+    Rounds of all settings take turns, so that a machine whose speed drifts slows all alike; medians over all steps.
+
+    `task` is any Task: its training images are measured on. `budget` is in seconds, for the timed steps."""
+    device, K, peak = torch.device(args.device), args.tasks, {}
+    at = sorted({1, min(2, K), max(1, K // 2), K}) if not args.joint else [1]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    steps_an_epoch, batch = steps_and_batch(len(task.train_images), args.batch_size)
+    images, labels = task.train_images[:batch], task.train_labels[:batch]
+    torch.manual_seed(0)
+    model = build(args).to(device)
+    x = normalise(images.to(device))
+    teacher = model.freeze(0)
+    used = peak_memory(device, reset=True)
+
+    def floor(steps, train=False):
+        optimizer = torch.optim.AdamW(model.backbone.parameters(), fused=True) if train else None
+        for i in range(steps + 1):
+            wait()
+            start = time.perf_counter()
+            if K > 1:
+                with torch.no_grad():
+                    teacher.features(x)
+            model.features(x).sum().backward()
+            if optimizer:  # for the memory that its moments take
+                optimizer.step()
+            model.zero_grad()
+            wait()
+            if i:
+                seconds["floor"].append(time.perf_counter() - start)
+
+    def training(k, steps):
+        short = argparse.Namespace(**vars(args) | {"epochs": steps + 2})
+        last = [0.0]
+
+        def tick(epoch, step, losses):
+            wait()
+            now = time.perf_counter()
+            if step > 1:
+                seconds[k].append(now - last[0])
+            last[0] = now
+
+        model.prototypes.data.normal_() if hasattr(model, "prototypes") else None
+        train_task(model, model.freeze(k - 1) if k > 1 and (args.lam or args.mu) else None, k - 1, images, labels,
+                   short, tick)
+
+    seconds = {name: [] for name in ["floor", *at]}
+    floor(2, train=True)
+    peak["floor"] = peak_memory(device, reset=True) - used
+    steps = int(min(50, max(2, budget / (rounds * (len(at) + 1) * 1.7 * min(seconds["floor"])) - 2)))
+    seconds["floor"].clear()
+    for _ in range(rounds):
+        floor(steps + 1)
+        for k in at:
+            training(k, steps)
+    peak[K] = peak_memory(device) - used
+    took = {name: float(np.median(values)) for name, values in seconds.items()}
+    print(f"batch {batch}, {images.shape[-1]}x{images.shape[-1]}, {args.stem} stem, width {args.width}, {args.precision}, "
+          f"{device_name(device)}, torch {torch.__version__}\n\n{'':12}{'ms/step':>10}{'images/s':>10}{'/ floor':>10}")
+    for name, value in took.items():
+        print(f"{name if name == 'floor' else f'task {name}':12}{1000 * value:>10.1f}{batch / value:>10,.0f}"
+              f"{value / took['floor']:>10.2f}")
+    if K > 2:
+        print(f"\ntask {K} / task 2: {took[K] / took[2]:.2f}")
+    print(f"peak memory: {peak[K] / 2**30:.2f} GiB, {peak[K] / max(1, peak['floor']):.2f} x the floor's (with AdamW)")
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        model.features(x).sum().backward()
+        with torch.no_grad():
+            teacher.features(x)
+    flops = counter.get_total_flops()
+    print(f"counted operations: {flops / 1e9:.1f} GFLOP a floor step, {flops / took[K] / 1e12:.3f} TFLOP/s at task {K}")
+    every = np.interp(range(1, K + 1), at, [took[k] for k in at])
+    evaluation = K * (K + 1) / 2 * len(task.test_images) / batch * took["floor"] / 4
+    whole = sum(every) * steps_an_epoch * args.epochs + evaluation
+    print(f"predicted: {duration(whole)} for {K} tasks of {args.epochs} epochs, a seed")
+
+
+def peak_memory(device, reset=False):
+    """Bytes at most so far (on CUDA: since the last reset; elsewhere: the process's)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return peak
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -940,7 +1236,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv=None):
-    count, rate = number(int, 1, 100_000), number(float, 0, 100, above=True)
+    count, rate = number(int, 1, 100_000), number(float, 0, 1000, above=True)
     weight, fraction = number(float, 0, 1000), number(float, 0, 0.9)
     p = Parser(description="Prototype-Augmented Hypernetworks for continual learning (arXiv 2505.07450).",
                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -957,6 +1253,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("method")
     g.add_argument("--lam", type=weight, default=0.5, help="weight of L_sm (Eq. 5)")
     g.add_argument("--mu", type=weight, default=1.0, help="weight of L_sp (Eq. 6)")
+    g.add_argument("--sp-tasks", type=number(int, 0, 100_000), default=0, metavar="N",
+                   help="estimate L_sp at each step from N earlier tasks drawn at random; 0: all of them")
     g.add_argument("--temperature", type=rate, default=2.0, metavar="T", help="of the distillation")
     g.add_argument("--proto-size", type=number(int, 1, 256), default=10, metavar="S", help="side of a prototype")
     g.add_argument("--proto-channels", type=int, choices=(1, 3), default=3, help="1: grey")
@@ -974,10 +1272,11 @@ def parse_args(argv=None):
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
-    g.add_argument("--lr", type=rate, default=2e-3, help="peak learning rate of the backbone")
+    g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the backbone's filters")
+    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (None: muon 0.02, adamw 0.002)")
     g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
-    g.add_argument("--weight-decay", type=weight, default=0.05)
+    g.add_argument("--weight-decay", type=weight, default=0.005)
     g.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="F")
     g.add_argument("--augment", choices=("crop-flip", "crop", "none"), default="crop-flip", help="(mnist: crop)")
     g = p.add_argument_group("run")
@@ -988,7 +1287,10 @@ def parse_args(argv=None):
     g.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<tasks>")
     g.add_argument("--resume", action="store_true", help="go on from the last finished task")
     g = p.add_argument_group("instead of a run")
+    g.add_argument("--bench", type=rate, nargs="?", const=60, metavar="SECONDS",
+                   help="print the speed of a training step and a run's predicted time, measured for so long (None: 60)")
     g.add_argument("--report", metavar="DIR", help="print a table of all finished runs below DIR")
+    g.add_argument("--with-reported", action="store_true", help="above them the rows of the paper's Table 1")
     g.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="of --report")
     given = p.parse_known_args(argv)[0]
     p.set_defaults(**DEFAULTS.get(given.dataset, {}))
@@ -1004,9 +1306,30 @@ def parse_args(argv=None):
         raise Problem("--pretrained: needs --stem 7x7 and --width 64, the network whose weights torchvision has")
     if args.stop_after and args.stop_after > args.tasks:
         raise Problem(f"--stop-after {args.stop_after}: there are only {args.tasks} tasks")
+    if args.lr is None:
+        args.lr = {"muon": 0.02, "adamw": 0.002}[args.optimizer]
     if args.out is None:
         args.out = f"runs/{Path(args.dataset).resolve().name}-{args.tasks}"
     return args
+
+
+def start_processes(args):
+    """Under torchrun: join the other processes, take this one's GPU, and keep quiet unless it is the first.
+    Returns (rank, number of processes)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    if args.bench or args.batch_size % world or args.batch_size < 2 * world:
+        raise Problem("--bench: is for one process" if args.bench else f"--batch-size {args.batch_size}: is for all "
+                      f"{world} processes together, which must share it evenly, two images each at least")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, world = rank_and_world()
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world
 
 
 def main(argv=None):
@@ -1014,17 +1337,24 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            report(args.report, args.format)
+            report(args.report, args.format, args.with_reported)
             return 0
+        rank, world = start_processes(args)
         data = load_dataset(args.dataset, args.data, args.image_size)
         results = []
         for i, seed in enumerate(args.seeds):
             tasks = split_tasks(data, args.tasks, seed if args.shuffle_classes else None, args.val_fraction)
             args.classes = len(tasks[0].classes)
+            if args.bench:
+                bench(args, tasks[0], budget=args.bench)
+                return 0
             print(f"{args.dataset}: {args.tasks} tasks of {args.classes} classes, {len(data.train_images):,} training "
                   f"and {len(data.test_images):,} test images\nseed {seed}, {args.device}, {args.precision}, to "
                   f"{args.out}/seed{seed}", flush=True)
-            results.append(run(args, seed, tasks, runs_left=len(args.seeds) - 1 - i))
+            folder = Path(args.out) / f"seed{seed}"
+            with contextlib.nullcontext() if rank else locked(
+                    folder, busy=f"{folder}: another run is writing there; wait for it, or give another --out"):
+                results.append(run(args, seed, tasks, runs_left=len(args.seeds) - 1 - i))
             print_result(results[-1])
         if len(results) > 1:
             print(f"{len(results)} seeds: " + ", ".join(
@@ -1036,10 +1366,15 @@ def main(argv=None):
     except (Problem, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = f"out of memory ({one_line(error)[:80]}); try a smaller --batch-size or --width"
-        print(f"pah.py: {one_line(error)}", file=sys.stderr)
+        rank = rank_and_world()[0]
+        print(f"pah.py: {f'process {rank}: ' if rank else ''}{one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # run_all.sh and Slurm stop a run so: like Ctrl-C
     sys.exit(main())

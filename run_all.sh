@@ -1,25 +1,92 @@
 #!/usr/bin/env bash
-# The benchmarks and controls of the paper's main table, one after the other: ./run_all.sh [flags for every run]
-# Finished runs are skipped and cut-off ones go on, so it can be started again at any time.
+# The whole paper: main table, controls and ablations with three seeds, then the table of all results.
+#
+#   ./run_all.sh             one process on each GPU (or one on the CPU, which takes days)
+#   ./run_all.sh --quick     the same settings, two seeds, on the synthetic data: minutes on two CPU cores
+#   ./run_all.sh --plan      only say what would run, and for how long
+#
+# Other flags go to every run. Finished runs are skipped and cut-off ones go on, so start it again at any time; Ctrl-C
+# stops all of it. PYTHON names another interpreter, WORKERS another number of processes.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
-seeds=(--seeds 0 1 2)
 
-run() { # name, flags
-  local name=$1
-  shift
-  echo "== $name"
-  "$python" pah.py --out "runs/$name" --resume "${seeds[@]}" "$@"
+quick='' plan='' flags=() jobs=()
+for flag; do
+  case $flag in
+    --quick) quick=1 ;;
+    --plan) plan=1 ;;
+    *) flags+=("$flag") ;;
+  esac
+done
+
+job() { jobs+=("$*"); } # name, flags
+benchmark() {           # name, flags: PAH and its controls
+  job "$@"
+  job "$1-finetune" "${@:2}" --lam 0 --mu 0
+  job "$1-stored-heads" "${@:2}" --head stored
+  job "$1-vector" "${@:2}" --embedding vector
+  job "$1-joint" "${@:2}" --joint
+}
+ablations() { # name, flags: one thing changed at a time
+  for lam in 0.1 0.25 0.75 1; do job "$1-lam$lam" "${@:2}" --lam "$lam"; done
+  for mu in 0 0.5 2; do job "$1-mu$mu" "${@:2}" --mu "$mu"; done
+  for size in 5 16 20 30; do job "$1-size$size" "${@:2}" --proto-size "$size"; done
+  job "$1-random" "${@:2}" --proto-init random
 }
 
-for dataset in "cifar100 10" "tinyimagenet 10" "tinyimagenet 20"; do
-  read -r data tasks <<<"$dataset"
-  setting=(--dataset "$data" --tasks "$tasks")
-  run "$data-$tasks" "${setting[@]}" "$@"
-  run "$data-$tasks-finetune" "${setting[@]}" --lam 0 --mu 0 "$@"
-  run "$data-$tasks-stored-heads" "${setting[@]}" --head stored "$@"
-  run "$data-$tasks-vector" "${setting[@]}" --embedding vector "$@"
-  run "$data-$tasks-joint" "${setting[@]}" --joint "$@"
+if [[ $quick ]]; then
+  folder=runs/quick seeds=(0 1)
+  benchmark synthetic-5 --dataset synthetic
+  ablations synthetic-5 --dataset synthetic
+else
+  folder=runs seeds=(0 1 2)
+  benchmark cifar100-10 --dataset cifar100
+  ablations cifar100-10 --dataset cifar100
+  benchmark tinyimagenet-10 --dataset tinyimagenet
+  benchmark tinyimagenet-20 --dataset tinyimagenet --tasks 20
+fi
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+workers=${WORKERS:-$((gpus ? gpus : quick ? 2 : 1))}
+if ((gpus)); then
+  IFS=, read -ra gpu <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
+else
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + workers - 1) / workers))}
+fi
+
+seconds=0 name='' each=0
+for job in "${jobs[@]}"; do
+  read -ra words <<<"$job"
+  if [[ ! $name || $job != "$name"-* ]]; then # a new benchmark: measure it
+    name=${words[0]}
+    predicted=$("$python" pah.py "${words[@]:1}" "${flags[@]}" --bench 10 | grep '^predicted')
+    each=$(awk -F'[ :]' '{for (i = 3; $i ~ /^[0-9]+$/; i++) s = 60 * s + $i; print s}' <<<"$predicted")
+    echo "$name, $predicted"
+  fi
+  seconds=$((seconds + each * ${#seeds[@]}))
 done
-"$python" pah.py --report runs
+printf '%d settings, %d seeds, %d at a time: at most %d h %02d min in all\n' ${#jobs[@]} ${#seeds[@]} "$workers" \
+  $((seconds / workers / 3600)) $((seconds / workers / 60 % 60))
+if [[ $plan ]]; then exit; fi
+
+worker() { # number: takes every n-th job
+  local i words log
+  for ((i = $1; i < ${#jobs[@]}; i += workers)); do
+    read -ra words <<<"${jobs[i]}"
+    log=$folder/${words[0]}.log
+    if ((gpus)); then export CUDA_VISIBLE_DEVICES=${gpu[$1 % gpus]}; fi
+    if "$python" pah.py "${words[@]:1}" --seeds "${seeds[@]}" --out "$folder/${words[0]}" --resume "${flags[@]}" \
+      >"$log" 2>&1; then
+      echo "$((i + 1))/${#jobs[@]}  ${words[0]}:  $(grep '^AA\|seeds: AA' "$log" | tail -n 1)"
+    else
+      echo "$((i + 1))/${#jobs[@]}  ${words[0]} failed: $(tail -n 1 "$log")"
+    fi
+  done
+}
+
+mkdir -p "$folder"
+trap 'trap "" TERM; kill 0; wait; echo "stopped; the same command goes on"; exit 130' INT TERM
+for ((w = 0; w < workers; w++)); do worker "$w" & done
+wait
+"$python" pah.py --report "$folder" --with-reported

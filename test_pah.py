@@ -446,7 +446,7 @@ def test_results_and_files(learned):
     assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 0.5
     assert r["seconds"] > 0 and r["images_per_second"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
     assert {p.name for p in folder.iterdir()} == {"results.json", "checkpoint.pt", "prototypes.png",
-                                                   "prototypes-initial.pt"}
+                                                   "prototypes-initial.pt", "accuracy.png", "curves.png"}
     picture = Image.open(folder / "prototypes.png")
     assert picture.size[0] > 4 * 40 and picture.size[1] > 10 * 40 and len(picture.getcolors(1 << 20)) > 100
 
