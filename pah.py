@@ -195,7 +195,7 @@ def synthetic(size=16, classes=20, train=200, test=50):
         x = pattern[labels][torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
         x = x * (0.6 + 0.4 * torch.rand(n, 1, 1, 1, generator=generator)) + 0.7 * patterns(n)[:, :, :size, :size]
         x = x + 0.5 * torch.randn(x.shape, generator=generator)
-        return (128 + 40 * x).clamp(0, 255).to(torch.uint8), labels
+        return (128 + 40 * x).clamp(0, 255).to(torch.uint8).contiguous(), labels
 
     return Data(*draw(train), *draw(test), [f"blob {i}" for i in range(classes)])
 
@@ -249,7 +249,10 @@ def read_tinyimagenet(name, root, size):
                 os.replace(scratch / archive.name, archive)
         if not check_integrity(str(archive), TINY_MD5):
             raise Problem(f"{archive}: its MD5 is not {TINY_MD5}; delete it and run again to fetch it")
-        source = zipfile.ZipFile(archive)
+        try:
+            source = zipfile.ZipFile(archive)
+        except zipfile.BadZipFile as error:
+            raise Problem(f"{archive}: {one_line(error)}; delete it and run again to fetch it") from error
         names = [n.split("/", 1)[1] for n in source.namelist() if n.endswith((".JPEG", ".txt"))]
         read = lambda member: source.read(f"tiny-imagenet-200/{member}")
     lines = read("val/val_annotations.txt").decode().splitlines() if "val/val_annotations.txt" in names else []
@@ -574,7 +577,7 @@ def soft_loss_prototypes(model, teacher, n, temperature=2.0, drawn=0):
     return distillation(logits(new, heads), logits(old, old_heads), temperature).mean() * n
 
 
-def joint_loss(model, teacher, images, labels, task, lam=0.5, mu=1.0, temperature=2.0, smoothing=0.0, sp_tasks=0):
+def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, smoothing=0.0, sp_tasks=0):
     """L = L_hm + lam L_sm + mu L_sp on one batch.
 
     Args:
@@ -664,7 +667,7 @@ def orthogonalised(matrices, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but in parameter groups with `muon=True` each filter bank, as a matrix (outputs, the rest), moves along its
+    """AdamW, but in parameter groups with `muon=True` a filter bank, as a matrix (outputs, the rest), moves along its
     orthogonalised Nesterov momentum (Jordan et al. 2024)."""
 
     @torch.no_grad()
@@ -684,8 +687,8 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
-    """Muon for the backbone's filters at `lr` and AdamW for the rest (its BatchNorm, and stored heads, at lr / 10); with
-    muon=False AdamW for all. Filters, hypernetwork and stored heads decay; BatchNorm and prototypes do not."""
+    """Muon for the backbone's filters at `lr`, AdamW for the rest (BatchNorm and stored heads at lr / 10); muon=False:
+    AdamW for all. Filters, hypernetwork and stored heads decay; BatchNorm and prototypes do not."""
     backbone, adam_lr = list(model.backbone.parameters()), lr / 10 if muon else lr
     groups = [dict(params=[p for p in backbone if p.ndim > 1], lr=lr, weight_decay=weight_decay, muon=muon),
               dict(params=[p for p in backbone if p.ndim <= 1], lr=adam_lr, weight_decay=0)]
@@ -694,7 +697,8 @@ def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
     else:
         groups += [dict(params=model.hypernetwork.parameters(), lr=hyper_lr, weight_decay=weight_decay),
                    dict(params=[model.prototypes], lr=proto_lr, weight_decay=0)]
-    fused = backbone[0].device.type in ("cpu", "cuda") and model.precision != "fp16"  # fused, it would unscale on its own
+    # with fp16, a fused AdamW would divide by the loss scale itself
+    fused = backbone[0].device.type in ("cpu", "cuda") and model.precision != "fp16"
     return Muon(groups, fused=fused)
 
 
@@ -727,14 +731,15 @@ def train_task(model, teacher, task, images, labels, args, progress):
         images = images.to(device)
     labels = labels.to(device)
     steps, batch = steps_and_batch(len(images), args.batch_size, world)
-    optimizer = make_optimizer(model, args.lr, args.hyper_lr, args.proto_lr, args.weight_decay, args.optimizer == "muon")
+    optimizer = make_optimizer(model, args.lr, args.hyper_lr, args.proto_lr, args.weight_decay,
+                               muon=args.optimizer == "muon")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups],
                                                    total_steps=steps * args.epochs + 1, cycle_momentum=False)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     losses = torch.zeros(steps * args.epochs, 3, device=device)
     objective = Objective(model.train())
     if world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+        objective = nn.parallel.DistributedDataParallel(objective)
     for epoch in range(args.epochs):
         order = torch.randperm(len(images), device=images.device)[:steps * batch].view(steps, batch)
         for i, rows in enumerate(order):
@@ -834,6 +839,9 @@ SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after", "report
 def read_checkpoint(path):
     """checkpoint.pt as a dict, or a Problem. Tensors and plain values only: nothing in it can run code."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"the CRC of {bad} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != 1:
             raise ValueError(f"format {checkpoint['format']}, not 1")
@@ -1017,7 +1025,7 @@ def draw_curves(path, R, title, width=760, height=430):
     where = lambda i, a: (s * (60 + (width - 90) * i / max(k - 1, 1)), s * (height - 50 - (height - 100) * (a - low)
                                                                             / (high - low)))
     text(width / 2, 18, f"{title}:  AA {average_accuracy(R):.2f}   FM {forgetting(R):.2f}", 15)
-    text(width / 2, height - 14, "after task (each line: accuracy in % on the task of its number; bold: their mean, AA)")
+    text(width / 2, height - 14, "after task (a line: accuracy in % on the task of its number; bold: their mean, AA)")
     for a in range(low, high + 1, 5 if high - low <= 30 else 10):
         draw.line((where(0, a), where(k - 1, a)), (225, 225, 225), s)
         text(48, where(0, a)[1] / s, str(a), anchor="rm")
@@ -1170,8 +1178,9 @@ def bench(args, task, rounds=4, budget=60.0):
             training(k, steps)
     peak[K] = peak_memory(device) - used
     took = {name: float(np.median(values)) for name, values in seconds.items()}
-    print(f"batch {batch}, {images.shape[-1]}x{images.shape[-1]}, {args.stem} stem, width {args.width}, {args.precision}, "
-          f"{device_name(device)}, torch {torch.__version__}\n\n{'':12}{'ms/step':>10}{'images/s':>10}{'/ floor':>10}")
+    print(f"batch {batch}, {images.shape[-1]}x{images.shape[-1]}, {args.stem} stem, width {args.width}, "
+          f"{args.optimizer}, {args.precision}, {device_name(device)}, torch {torch.__version__}\n\n"
+          f"{'':12}{'ms/step':>10}{'images/s':>10}{'/ floor':>10}")
     for name, value in took.items():
         print(f"{name if name == 'floor' else f'task {name}':12}{1000 * value:>10.1f}{batch / value:>10,.0f}"
               f"{value / took['floor']:>10.2f}")
@@ -1251,7 +1260,7 @@ def parse_args(argv=None):
                    help="evaluate on this part of the training images, held out, instead of the test set")
     g.add_argument("--stop-after", type=count, metavar="N", help="stop after N of the K tasks")
     g = p.add_argument_group("method")
-    g.add_argument("--lam", type=weight, default=0.5, help="weight of L_sm (Eq. 5)")
+    g.add_argument("--lam", type=weight, default=1.0, help="weight of L_sm (Eq. 5)")
     g.add_argument("--mu", type=weight, default=1.0, help="weight of L_sp (Eq. 6)")
     g.add_argument("--sp-tasks", type=number(int, 0, 100_000), default=0, metavar="N",
                    help="estimate L_sp at each step from N earlier tasks drawn at random; 0: all of them")
@@ -1273,7 +1282,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the backbone's filters")
-    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (None: muon 0.02, adamw 0.002)")
+    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (None: muon 0.01, adamw 0.002)")
     g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.005)
@@ -1288,7 +1297,7 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the last finished task")
     g = p.add_argument_group("instead of a run")
     g.add_argument("--bench", type=rate, nargs="?", const=60, metavar="SECONDS",
-                   help="print the speed of a training step and a run's predicted time, measured for so long (None: 60)")
+                   help="print a training step's speed and a run's predicted time; measures for 60 s, or so long")
     g.add_argument("--report", metavar="DIR", help="print a table of all finished runs below DIR")
     g.add_argument("--with-reported", action="store_true", help="above them the rows of the paper's Table 1")
     g.add_argument("--format", choices=("text", "markdown", "latex"), default="text", help="of --report")
@@ -1307,7 +1316,7 @@ def parse_args(argv=None):
     if args.stop_after and args.stop_after > args.tasks:
         raise Problem(f"--stop-after {args.stop_after}: there are only {args.tasks} tasks")
     if args.lr is None:
-        args.lr = {"muon": 0.02, "adamw": 0.002}[args.optimizer]
+        args.lr = {"muon": 0.01, "adamw": 0.002}[args.optimizer]
     if args.out is None:
         args.out = f"runs/{Path(args.dataset).resolve().name}-{args.tasks}"
     return args

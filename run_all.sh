@@ -29,7 +29,7 @@ benchmark() {           # name, flags: PAH and its controls
   job "$1-joint" "${@:2}" --joint
 }
 ablations() { # name, flags: one thing changed at a time
-  for lam in 0.1 0.25 0.75 1; do job "$1-lam$lam" "${@:2}" --lam "$lam"; done
+  for lam in 0.1 0.25 0.5 0.75; do job "$1-lam$lam" "${@:2}" --lam "$lam"; done
   for mu in 0 0.5 2; do job "$1-mu$mu" "${@:2}" --mu "$mu"; done
   for size in 5 16 20 30; do job "$1-size$size" "${@:2}" --proto-size "$size"; done
   job "$1-random" "${@:2}" --proto-init random

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from pah import (PAH, Data, Hypernetwork, Problem, ResNet18, average_accuracy, b
                  load_checkpoint, load_dataset, split_tasks)
 
 K, C = 4, 3
+SHORT_RUN = ["--dataset", "synthetic", "--width", "8", "--epochs", "5", "--lr", "0.02"]
 TINY_RUN = ["--dataset", "synthetic", "--width", "4", "--epochs", "1", "--hidden", "8", "--batch-size", "50"]
 
 
@@ -427,12 +429,12 @@ def results(out, seed=0):
 def learned(tmp_path_factory):
     """One real run on `synthetic`, as the README's first command does it but shorter."""
     out = tmp_path_factory.mktemp("learned")
-    run_main("--dataset", "synthetic", "--epochs", 5, "--out", out)
+    run_main(*SHORT_RUN, "--out", out)
     return out
 
 
 def test_pah_beats_no_distillation(learned, tmp_path):
-    run_main("--dataset", "synthetic", "--epochs", 5, "--lam", 0, "--mu", 0, "--out", tmp_path)
+    run_main(*SHORT_RUN, "--lam", 0, "--mu", 0, "--out", tmp_path)
     with_it, without = results(learned), results(tmp_path)
     assert with_it["AA"] > without["AA"] + 15 and with_it["FM"] < without["FM"] / 2
     assert with_it["AA"] > 60  # of four classes
@@ -443,7 +445,7 @@ def test_results_and_files(learned):
     assert r["complete"] and [len(row) for row in r["accuracy"]] == [1, 2, 3, 4, 5]
     assert r["AA"] == average_accuracy(r["accuracy"]) and r["FM"] == forgetting(r["accuracy"])
     assert r["BWT"] == backward_transfer(r["accuracy"]) and r["LA"] == pah.learning_accuracy(r["accuracy"])
-    assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 0.5
+    assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 1
     assert r["seconds"] > 0 and r["images_per_second"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
     assert {p.name for p in folder.iterdir()} == {"results.json", "checkpoint.pt", "prototypes.png",
                                                    "prototypes-initial.pt", "accuracy.png", "curves.png"}
@@ -457,7 +459,7 @@ def test_checkpoint_predicts_and_holds_no_image_and_no_head(learned):
     row = [pah.evaluate(model, k, t.test_images, t.test_labels) for k, t in enumerate(tasks)]
     assert row == results(learned)["accuracy"][-1]
     saved = torch.load(learned / "seed0/checkpoint.pt", weights_only=True)
-    ours = set(PAH(ResNet18(16), 5, 4).state_dict())
+    ours = set(PAH(ResNet18(8), 5, 4).state_dict())
     assert set(saved["model"]) == ours and not any(isinstance(v, torch.Tensor) for k, v in saved.items())
     sizes = {n: v.numel() for n, v in saved["model"].items()}
     assert sizes["prototypes"] == 5 * 4 * 300 and not any("head" in n or "stored" in n for n in sizes)
@@ -497,30 +499,241 @@ def test_seeds_decide_everything(tmp_path, capsys):
     assert not same(weights(tmp_path / "a", 1), weights(tmp_path / "a", 0))
 
 
-def test_resume_after_a_kill_in_mid_task(tmp_path):
-    """SIGKILL during the second task; --resume ends with the very weights of an uninterrupted run."""
-    run_main(*TINY_RUN, "--out", tmp_path / "whole")
-    command = [sys.executable, "-u", pah.__file__, *TINY_RUN, "--out", str(tmp_path / "cut")]
-    checkpoint = tmp_path / "cut/seed0/checkpoint.pt"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert torch.load(checkpoint, weights_only=True)["tasks_done"] < 5
-    run_main(*TINY_RUN, "--out", tmp_path / "cut", "--resume")
-    assert results(tmp_path / "cut")["accuracy"] == results(tmp_path / "whole")["accuracy"]
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    before = (tmp_path / "cut/seed0/results.json").read_bytes()
-    run_main(*TINY_RUN, "--out", tmp_path / "cut", "--resume")  # nothing is left to do
-    assert (tmp_path / "cut/seed0/results.json").read_bytes() == before
+def test_what_does_not_change_a_result(tmp_path, monkeypatch):
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path / "a")
+    evaluate = pah.evaluate
+    monkeypatch.setattr(pah, "evaluate", lambda *a: (evaluate(*a), evaluate(*a))[1])  # evaluated once more
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # printed more often
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path / "b")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+KILLER = """
+import json, os, random, signal, sys, time, zipfile
+from pathlib import Path
+import torch
+import pah
+from PIL import Image
+kills, out, flags = int(sys.argv[1]), Path(sys.argv[2]), [*sys.argv[3:], "--resume"]
+replace = os.replace
+
+def start(folder):
+    if pid := os.fork():
+        return pid
+    torch.set_num_threads(1)
+    os.replace = lambda a, b: (time.sleep(0.05), replace(a, b), time.sleep(0.05))  # so that many die while they write
+    sys.stdout = open(os.devnull, "w")
+    os._exit(pah.main([*flags, "--out", str(folder)]))
+
+def finished(pid, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (done := os.waitpid(pid, os.WNOHANG))[0]:
+            assert done[1] == 0, done
+            return True
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0  # at the last moment
+
+def result(folder):
+    return json.loads((folder / "seed0/results.json").read_text())["accuracy"]
+
+begin = time.monotonic()
+assert finished(start(out / "whole"), 300)
+whole = time.monotonic() - begin
+done = writing = rounds = 0
+random.seed(0)
+while done < kills:
+    folder = out / f"cut{rounds}"
+    while not finished(start(folder), random.uniform(0, whole if done < kills else 300)):
+        done += 1
+        for file in folder.glob("seed0/*"):
+            if file.name.endswith(".tmp"):
+                writing += 1
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".png":
+                Image.open(file).load()
+            else:
+                assert zipfile.ZipFile(file).testzip() is None and torch.load(file, weights_only=True)
+    assert result(folder) == result(out / "whole")
+    assert not list(folder.glob("seed0/.*")), "what a killed process left is still there"
+    rounds += 1
+print(f"{done} kills, {writing} of them while a file was written; {rounds} runs ended with the same matrix")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_anywhere(tmp_path):
+    """SIGKILL at random moments (PAH_KILLS=25 for more of them): every file stays readable, and --resume ends with the
+    very matrix of a run that was left alone."""
+    kills = os.environ.get("PAH_KILLS", "4")
+    done = subprocess.run([sys.executable, "-c", KILLER, kills, str(tmp_path), *TINY_RUN, "--stop-after", "3"], text=True,
+                          capture_output=True, cwd=Path(pah.__file__).parent)
+    assert done.returncode == 0 and "runs ended with the same matrix" in done.stdout, done.stderr
+    print(done.stdout)
+
+
+def test_resume_has_nothing_left_to_do(tmp_path):
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path)
+    before = (tmp_path / "seed0/results.json").read_bytes()
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, "--resume")
+    assert (tmp_path / "seed0/results.json").read_bytes() == before
+
+
+def test_a_full_disk(tmp_path):
+    """A file may not grow beyond 50 kB: one line, and the last checkpoint is untouched."""
+    import resource
+    run_main(*TINY_RUN, "--stop-after", 1, "--out", tmp_path)
+    checkpoint = tmp_path / "seed0/checkpoint.pt"
+    before = checkpoint.read_bytes()
+    done = subprocess.run([sys.executable, pah.__file__, *TINY_RUN, "--stop-after", "2", "--out", tmp_path, "--resume"],
+                          capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(
+                              resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr, done.stderr
+    assert checkpoint.read_bytes() == before and not list((tmp_path / "seed0").glob(".*"))
+    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, "--resume")
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    with pah.locked(tmp_path / "seed0"):
+        run_main(*TINY_RUN, "--out", tmp_path, code=2)
+    err = capsys.readouterr().err
+    assert "another run is writing there" in err and err.count("\n") == 1
+    run_main(*TINY_RUN, "--stop-after", 1, "--out", tmp_path)  # the lock went with its holder
+
+
+def test_two_processes_build_one_cache(folder, tmp_path):
+    code = ("import sys, pah; decode = pah.decode\n"
+            "pah.decode = lambda *a: (print('decoding', flush=True), __import__('time').sleep(1), decode(*a))[2]\n"
+            "assert len(pah.load_dataset(sys.argv[1], sys.argv[2], 16).train_images) == 8")
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "data")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(pah.__file__).parent) for _ in "12"]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "decoding\n" in said and [p.name for p in (tmp_path / "data").iterdir()] == ["my images-16.npz"]
+    assert len(load_dataset(str(folder), tmp_path / "data", 16).train_images) == 8
+
+
+TORCHRUN = """
+import json, os, sys
+import torch
+import torch.distributed.nn.functional
+import pah
+
+class Synchronised(torch.nn.BatchNorm2d):  # torch's own is for GPUs only
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        world = pah.rank_and_world()[1]
+        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        if world > 1:
+            moments = torch.distributed.nn.functional.all_reduce(moments) / world
+        mean, var = moments[0], moments[1] - moments[0] ** 2
+        n = world * x.numel() / x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, 0.1), self.running_var.lerp_(var * n / (n - 1), 0.1)
+        column = lambda v: v[:, None, None]
+        return (x - column(mean)) / column(var + self.eps).sqrt() * column(self.weight) + column(self.bias)
+
+torch.nn.BatchNorm2d = Synchronised
+joint_loss, losses = pah.joint_loss, []
+
+def recorded(*args):
+    loss, parts = joint_loss(*args)
+    mean = parts.clone()
+    if pah.rank_and_world()[1] > 1:
+        torch.distributed.all_reduce(mean)
+    losses.append((mean / pah.rank_and_world()[1]).tolist())
+    return loss, parts
+
+pah.joint_loss = recorded
+rank, out = os.environ.get("RANK", "0"), sys.argv[1]
+open(f"{out}.{rank}.pid", "w").write(str(os.getpid()))
+code = pah.main([*sys.argv[2:], "--out", out])
+if rank == "0":
+    json.dump(losses, open(f"{out}.json", "w"))
+sys.exit(code)
+"""
+
+
+def torchrun(tmp_path, out, processes, *flags):
+    (tmp_path / "script.py").write_text(TORCHRUN)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path / out), *TINY_RUN, *flags],
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env=os.environ | {"PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_is_the_same_run(tmp_path):
+    """Two processes on the CPU share each batch: the losses of one process, and the same answers."""
+    for out, processes in ("one", 1), ("two", 2):
+        said, err = (process := torchrun(tmp_path, out, processes, "--stop-after", "2")).communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert said.count("accuracy in % on task") == 1  # one of them prints
+    one, two = (json.loads((tmp_path / f"{out}.json").read_text()) for out in ("one", "two"))
+    assert len(one) == len(two) == 32
+    torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(two[:8]), torch.tensor(one[:8]), rtol=1e-2, atol=1e-2)  # rounding grows
+    torch.testing.assert_close(torch.tensor(two[16:18]), torch.tensor(one[16:18]), rtol=0.1, atol=0.05)  # three losses
+    assert abs(results(tmp_path / "one")["AA"] - results(tmp_path / "two")["AA"]) < 5
+    assert results(tmp_path / "two")["processes"] == 2
+
+
+def test_torchrun_survives_a_death(tmp_path):
+    """A process of two dies: the run ends with a message, and one process goes on where it was."""
+    process = torchrun(tmp_path, "two", 2)
+    while process.poll() is None and not (tmp_path / "two/seed0/checkpoint.pt").exists():
+        time.sleep(0.01)
+    os.kill(int((tmp_path / "two.1.pid").read_text()), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "SIGKILL" in err
+    process = torchrun(tmp_path, "two", 1, "--resume")
+    assert process.communicate(timeout=300) and process.returncode == 0
+    r = results(tmp_path / "two")
+    assert r["complete"] and r["processes"] == 1 and len(r["accuracy"]) == 5
+
+
+def test_bench(capsys):
+    run_main("--dataset", "synthetic", "--width", 4, "--bench", 0.5, "--sp-tasks", 1)
+    out = capsys.readouterr().out
+    for words in ("floor", "task 1 ", "task 2 ", "task 5 ", "task 5 / task 2:", "peak memory:", "GFLOP", "predicted:"):
+        assert words in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+def test_run_all(tmp_path):
+    """With a stand-in for Python that notes what it is called with: all settings parse, and all are run."""
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/sh
+case "$*" in
+  *device_count*) echo 0 ;;
+  *--bench*) echo "predicted: 1:02:03 for 5 tasks of 8 epochs, a seed" ;;
+  *) echo "$*" >>{tmp_path}/calls; echo "AA 50.00" ;;
+esac
+""")
+    stub.chmod(0o755)
+    script = Path(pah.__file__).parent / "run_all.sh"
+    copy_of_script = tmp_path / "run_all.sh"
+    copy_of_script.write_text(script.read_text())
+    for flags, count in (["--quick"], 17), (["--epochs", "3"], 27):
+        done = subprocess.run(["bash", copy_of_script, *flags], capture_output=True, text=True,
+                              env=os.environ | {"PYTHON": str(stub)})
+        assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
+        calls = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        settings = {json.dumps(vars(pah.parse_args(call.split()[1:])), sort_keys=True) for call in calls}
+        assert len(settings) == len(calls) == count + 1 and "--report" in calls[-1]
+        assert done.stdout.count("AA 50.00") >= count
 
 
 @pytest.mark.parametrize("flags", [["--head", "stored"], ["--embedding", "vector"], ["--joint"],
                                    ["--precision", "bf16"], ["--proto-channels", "1"], ["--proto-init", "random"],
                                    ["--val-fraction", "0.2", "--shuffle-classes"], ["--label-smoothing", "0.1"],
-                                   ["--stem", "7x7", "--image-size", "32"]])
+                                   ["--stem", "7x7", "--image-size", "32"], ["--optimizer", "adamw"],
+                                   ["--sp-tasks", "1", "--stop-after", "3"]])
 def test_every_kind_of_run_ends(flags, tmp_path):
     run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, *flags)
     r = results(tmp_path)
@@ -528,6 +741,48 @@ def test_every_kind_of_run_ends(flags, tmp_path):
     load_checkpoint(tmp_path / "seed0/checkpoint.pt")
     if flags == ["--joint"]:
         assert [len(row) for row in r["accuracy"]] == [5] and r["FM"] is None
+
+
+def test_orthogonalised():
+    torch.manual_seed(0)
+    for shape in (3, 16, 40), (2, 40, 16), (1, 8, 8):
+        m = torch.randn(shape)
+        out = pah.orthogonalised(m)
+        u, _, vt = torch.linalg.svd(m, full_matrices=False)
+        singular = (u.mT @ out @ vt.mT).diagonal(dim1=-2, dim2=-1)
+        assert out.shape == shape and 0.5 < singular.min() and singular.max() < 1.3
+        assert (u.mT @ out @ vt.mT - singular.diag_embed()).abs().max() < 1e-3
+
+
+def test_muon_moves_filters_and_adamw_the_rest():
+    """One step: filters by lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient, all else as AdamW."""
+    model, teacher, x, y = pair()
+    expected, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    adamw = torch.optim.AdamW([dict(params=[p for p in expected.backbone.parameters() if p.ndim == 1], lr=0.002,
+                                    weight_decay=0),
+                               dict(params=expected.hypernetwork.parameters(), lr=1e-4, weight_decay=0.1),
+                               dict(params=[expected.prototypes], lr=1e-3, weight_decay=0)])
+    for m in model, expected:
+        pah.joint_loss(m, teacher, x, y, 3)[0].backward()
+    gradients = {name: p.grad for name, p in expected.named_parameters()}
+    optimizer.step(), adamw.step()
+    for name, p in model.named_parameters():
+        if name.startswith("backbone") and p.ndim > 1:
+            g = gradients[name].flatten(1)
+            step = pah.orthogonalised(g[None])[0] * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
+            want = before[name] * (1 - 0.02 * 0.1) - step.view_as(p)
+        else:
+            want = expected.get_parameter(name)
+        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+
+
+def test_l_sp_of_drawn_tasks_is_unbiased():
+    model, teacher, *_ = pair()
+    exact = pah.soft_loss_prototypes(model, teacher, 3)
+    each = {round(pah.soft_loss_prototypes(model, teacher, 3, drawn=1).item(), 6) for _ in range(40)}
+    assert len(each) == 3 and abs(sum(each) / 3 - exact) < 1e-4 * exact  # each task stands for all three
+    assert pah.soft_loss_prototypes(model, teacher, 3, drawn=3) == exact
 
 
 def test_bf16_on_the_cpu_stays_close():
@@ -563,7 +818,7 @@ def test_report(tmp_path, capsys):
     run_main("--report", tmp_path)
     out, err = capsys.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
-        "synthetic, 5 tasks --lam 0.5", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 0.5"]
+        "synthetic, 5 tasks --lam 1.0", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint --lam 1.0"]
     assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "0 1" in out and "1:01" in out
     assert err.count("left out") == 3 and "d/seed0" in err and "counted already" in err and "e/results.json" in err
     run_main("--report", tmp_path, "--format", "markdown")
@@ -601,15 +856,47 @@ def test_bad_flags(flags, says, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def huge_png():
+    """A few bytes that claim to be an image of 60,000 x 60,000 pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_odd_but_good_folders(folder, tmp_path):
+    """Images of any mode and size, files that are no images, hidden files, links out of the folder."""
+    (folder / "train/cat/cmyk.jpg").write_bytes(jpeg((0, 0, 0, 0), "CMYK"))
+    (folder / "train/cat/palette.png").write_bytes(jpeg(0, "P", format="PNG"))
+    (folder / "train/cat/one pixel.png").write_bytes(jpeg((9, 9, 9), size=(1, 1), format="PNG"))
+    (folder / "train/cat/long.png").write_bytes(jpeg((9, 9, 9), size=(3000, 1), format="PNG"))
+    (tmp_path / "elsewhere.png").write_bytes(jpeg((77, 77, 77), format="PNG"))
+    (folder / "train/cat/z.png").symlink_to(tmp_path / "elsewhere.png")
+    for name in "train/cat/notes.txt", "train/cat/.DS_Store", "train/README", "val/.hidden":
+        (folder / name).write_bytes(b"not an image")
+    data = load_dataset(str(folder), tmp_path / "data", 8)
+    assert len(data.train_images) == 8 + 5 and data.train_labels.tolist() == [0] * 9 + [1] * 4
+    assert set(data.train_images[8].flatten().tolist()) == {77}  # files in the order of their names: z.png
+    assert data.train_images[3].float().mean() > 250  # cmyk.jpg is white
+
+
 @pytest.mark.parametrize("break_it, says", [
     (lambda f: [p.unlink() for p in (f / "train/cat").iterdir()], "cat"),
     (lambda f: (f / "val/cat").rename(f / "val/cow"), "cat, cow"),
     (lambda f: (f / "val").rename(f / "test"), "no folder val/"),
     (lambda f: (f / "train/cat/a.png").write_bytes(b"no image"), "cat/a.png: not a readable image"),
     (lambda f: (f / "val/cat/t.jpg").write_bytes(jpeg((1, 2, 3))[:400]), "cat/t.jpg: not a readable image"),
+    (lambda f: (f / "val/cat/t.jpg").write_bytes(b""), "cat/t.jpg: not a readable image"),
+    (lambda f: (f / "val/cat/link.png").symlink_to(f / "nowhere.png"), "cat/link.png: not a readable image"),
+    (lambda f: (f / "train/cat/p.png").write_bytes(huge_png()), "cat/p.png: not a readable image"),
+    (lambda f: (f / "train/cow").mkdir(), "cow"),
+    (lambda f: [p.unlink() for p in f.glob("*/*/*")], "cat"),
+    (lambda f: __import__("shutil").rmtree(f / "train/cat"), "cat"),
+    (lambda f: (f / "train/cat/a.png").chmod(0), "a.png"),
 ])
 def test_bad_folders(break_it, says, folder, tmp_path, capsys):
     break_it(folder)
+    if says == "a.png" and os.access(folder / "train/cat/a.png", os.R_OK):
+        pytest.skip("root reads everything")
     run_main("--dataset", folder, "--tasks", 1, "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
@@ -628,7 +915,7 @@ def test_bad_output_folders_and_checkpoints(tmp_path, capsys):
     checkpoint = tmp_path / "o/seed0/checkpoint.pt"
     whole = checkpoint.read_bytes()
     fails("--resume")
-    fails("--lr (0.002 there, 0.1 now)", "--resume", "--lr", "0.1")
+    fails("--lr (0.01 there, 0.1 now)", "--resume", "--lr", "0.1")
     for blob in whole[:len(whole) // 2], b"", b"garbage":
         checkpoint.write_bytes(blob)
         fails("damaged", "--resume")
@@ -638,6 +925,16 @@ def test_bad_output_folders_and_checkpoints(tmp_path, capsys):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # one bit, among the weights
+    checkpoint.write_bytes(flipped)
+    fails("CRC", "--resume")
+    checkpoint.write_bytes(whole)
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"format": 99}, checkpoint)
+    fails("format 99, not 1", "--resume")
+    torch.save({"something": "else"}, checkpoint)
+    fails("not a PAH checkpoint", "--resume")
     torch.save({"format": 1, "args": Evil()}, checkpoint)
     fails("damaged", "--resume")
     assert not (tmp_path / "executed").exists()
@@ -658,6 +955,53 @@ def test_no_network(tmp_path, capsys, monkeypatch):
         assert file in err and "--dataset synthetic" in err and str(tmp_path / "d") in err
         assert len([line for line in err.splitlines() if line.startswith("pah.py:")]) == 1
         assert not list((tmp_path / "d").iterdir())
+
+
+def test_bad_archives(tmp_path, monkeypatch, capsys):
+    """Of the wrong sum, cut short, not an archive, or with members that would land elsewhere: nothing is unpacked."""
+    root = tmp_path / "in/data"
+    root.mkdir(parents=True)
+    evil = io.BytesIO()
+    with tarfile.open(fileobj=evil, mode="w:gz") as tar:
+        member = tarfile.TarInfo("../../evil")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as z:
+        z.writestr("tiny-imagenet-200/../../../evil", b"evil")
+    for name, dataset, blob in [("cifar-100-python.tar.gz", "cifar100", evil.getvalue()),
+                                ("cifar-100-python.tar.gz", "cifar100", b"no archive"),
+                                ("tiny-imagenet-200.zip", "tinyimagenet", zipped.getvalue()),
+                                ("tiny-imagenet-200.zip", "tinyimagenet", zipped.getvalue()[:40])]:
+        for right_sum in False, True:
+            if right_sum:
+                monkeypatch.setattr(pah, "TINY_MD5", hashlib.md5(blob).hexdigest())
+            elif dataset == "cifar100":  # of the wrong sum, torchvision fetches it anew: without a network, one line
+                monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+            (root / name).write_bytes(blob)
+            run_main("--dataset", dataset, "--data", root, "--out", tmp_path / "o", code=2)
+            err = capsys.readouterr().err
+            assert len([line for line in err.splitlines() if line.startswith("pah.py:")]) == 1 and str(root) in err
+            assert [p.name for p in root.iterdir()] == [name] and (root / name).read_bytes() == blob
+            assert [p.name for p in tmp_path.iterdir()] == ["in"] and [p.name for p in root.parent.iterdir()] == ["data"]
+        (root / name).unlink()
+
+
+def test_bad_caches(folder, tmp_path, capsys):
+    """A cache of another format, or one that holds pickled objects: built anew, and no code in it is run."""
+    cache = tmp_path / "data/my images-16.npz"
+    good = load_dataset(str(folder), cache.parent, 16)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    with np.load(cache) as f:
+        arrays = dict(f)
+    for change in {"signature": np.array("0 other")}, {"classes": np.array([Evil()], dtype=object)}, {"train_images": None}:
+        np.savez(cache, **{k: v for k, v in (arrays | change).items() if v is not None})
+        assert torch.equal(load_dataset(str(folder), cache.parent, 16).train_images, good.train_images)
+        assert "rebuilding" in capsys.readouterr().err and not (tmp_path / "executed").exists()
 
 
 def test_archives_put_there_by_hand(tmp_path, monkeypatch):
