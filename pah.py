@@ -62,6 +62,15 @@ def written_whole(path):
         temporary.unlink(missing_ok=True)
 
 
+def read_saved(path, mmap=False):
+    """What torch.save wrote to `path`, on the CPU. Tensors and plain values only: nothing in it can run code. Raises
+    ValueError where a CRC is wrong, which torch.load does not look at, and whatever torch.load raises."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"the CRC of {bad} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 @contextlib.contextmanager
 def locked(folder, busy=None):
     """Keeps other processes out of `folder`: raises Problem(busy) if one is there, or without `busy` waits for it.
@@ -114,7 +123,7 @@ def downloads(root, what):
 Data = namedtuple("Data", "train_images train_labels test_images test_labels classes")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all data sets: no look at future tasks
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_COUNTS = {"train": 100_000, "val": 10_000}
@@ -148,7 +157,7 @@ def load_dataset(name, root="data", image_size=None):
                        for split in ("train", "val") for p in (folder / split).rglob("*") if p.is_file())
         content = hashlib.md5(repr(files).encode()).hexdigest()
         stem, signature = f"{folder.name}-{size}", f"{CACHE_FORMAT} {folder} {size} {content}"
-    cache = root / f"{stem}.npz"
+    cache = root / f"{stem}.pt"
     data = read_cache(cache, signature)
     if data is None:
         with locked(root) as waited:
@@ -156,23 +165,22 @@ def load_dataset(name, root="data", image_size=None):
             if data is None:
                 read = {"cifar100": read_torchvision, "mnist": read_torchvision, "tinyimagenet": read_tinyimagenet}
                 data = read.get(name, read_folder)(name, root, size)
-                arrays = {key: value.numpy() for key, value in zip(Data._fields, data[:4])}
-                with written_whole(cache) as temporary, open(temporary, "wb") as f:
-                    np.savez(f, **arrays, classes=np.array(data.classes), signature=np.array(signature))
+                with written_whole(cache) as temporary:
+                    torch.save({"signature": signature, "data": list(data)}, temporary)
     return data
 
 
 def read_cache(cache, signature):
     """Data, or None where the file is not there, is damaged, or was made of other files or settings."""
     try:
-        with np.load(cache, allow_pickle=False) as f:  # a zip file checks the CRC of all that is read from it
-            if str(f["signature"]) == signature:
-                return Data(*(torch.from_numpy(f[key]) for key in Data._fields[:4]), f["classes"].tolist())
-            print(f"{cache} is of other files or settings: rebuilding it", file=sys.stderr)
+        saved = read_saved(cache, mmap=os.name != "nt")  # mapped: pages are read when they are needed
+        if saved["signature"] == signature:
+            return Data(*saved["data"])
+        print(f"{cache} is of other files or settings: rebuilding it", file=sys.stderr)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        print(f"{cache} is damaged ({error}): rebuilding it", file=sys.stderr)
+    except Exception as error:  # what torch.load raises on a damaged file has no common class
+        print(f"{cache} is damaged ({one_line(error)[:80]}): rebuilding it", file=sys.stderr)
     return None
 
 
@@ -837,12 +845,9 @@ SAME_RESULT = {"out", "data", "seeds", "resume", "device", "stop_after", "report
 
 
 def read_checkpoint(path):
-    """checkpoint.pt as a dict, or a Problem. Tensors and plain values only: nothing in it can run code."""
+    """checkpoint.pt as a dict, or a Problem."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                raise ValueError(f"the CRC of {bad} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_saved(path)
         if checkpoint["format"] != 1:
             raise ValueError(f"format {checkpoint['format']}, not 1")
         return checkpoint
@@ -1282,7 +1287,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the backbone's filters")
-    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (None: muon 0.01, adamw 0.002)")
+    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (muon: 0.02, synthetic 0.01; adamw: 0.002)")
     g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.005)
@@ -1316,7 +1321,7 @@ def parse_args(argv=None):
     if args.stop_after and args.stop_after > args.tasks:
         raise Problem(f"--stop-after {args.stop_after}: there are only {args.tasks} tasks")
     if args.lr is None:
-        args.lr = {"muon": 0.01, "adamw": 0.002}[args.optimizer]
+        args.lr = 0.002 if args.optimizer == "adamw" else 0.01 if args.dataset == "synthetic" else 0.02
     if args.out is None:
         args.out = f"runs/{Path(args.dataset).resolve().name}-{args.tasks}"
     return args

@@ -304,7 +304,7 @@ def test_cifar100(tmp_path, monkeypatch):
     assert np.array_equal(data.train_images.numpy(), files["train"]["data"].reshape(-1, 3, 32, 32))
     assert data.train_labels.tolist() == files["train"]["fine_labels"] and data.classes[7] == "name7"
     assert load_dataset("cifar100", tmp_path, 16).test_images.shape == (100, 3, 16, 16)
-    (tmp_path / "cifar100-32.npz").unlink()
+    (tmp_path / "cifar100-32.pt").unlink()
     with open(tmp_path / "cifar-100-python/train", "r+b") as f:
         f.write(b"?")
     with pytest.raises(Problem, match="cifar-100-python: not the published files"):
@@ -376,7 +376,7 @@ def test_tinyimagenet(source, tmp_path, monkeypatch):
     assert data.train_images[:, 0, 30, 30].tolist() == [60, 70, 80, 90, 100, 110, 120, 130, 20, 30, 40, 50]
     assert data.test_labels.tolist() == [2, 0, 1] and data.test_images[:, 1, 30, 30].tolist() == [200, 210, 220]
     if source == "folder":
-        (tmp_path / "tinyimagenet-64.npz").unlink()
+        (tmp_path / "tinyimagenet-64.pt").unlink()
         (tmp_path / "tiny-imagenet-200/train/n01/images/n01_2.JPEG").unlink()
         with pytest.raises(Problem, match="11 of 12 train images"):
             load_dataset("tinyimagenet", tmp_path)
@@ -397,14 +397,18 @@ def folder(tmp_path):
     return root
 
 
+def one_bit_flipped(blob):
+    return blob[:len(blob) // 2] + bytes([blob[len(blob) // 2] ^ 1]) + blob[len(blob) // 2 + 1:]
+
+
 def test_folder_and_its_cache(folder, tmp_path, capsys):
     root = tmp_path / "data"
     data = load_dataset(str(folder), root, 16)
     assert data.classes == ["cat", "dög"] and data.train_images.shape == (8, 3, 16, 16)
     assert (data.train_images == torch.tensor([50] * 4 + [150] * 4)[:, None, None, None]).all()
-    cache = root / "my images-16.npz"
+    cache = root / "my images-16.pt"
     assert [p.name for p in root.iterdir()] == [cache.name]
-    for damage in (lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]):
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b"", one_bit_flipped):
         cache.write_bytes(damage(cache.read_bytes()))
         assert torch.equal(load_dataset(str(folder), root, 16).train_images, data.train_images)
         assert "damaged" in capsys.readouterr().err
@@ -570,8 +574,8 @@ def test_killed_anywhere(tmp_path):
     """SIGKILL at random moments (PAH_KILLS=25 for more of them): every file stays readable, and --resume ends with the
     very matrix of a run that was left alone."""
     kills = os.environ.get("PAH_KILLS", "4")
-    done = subprocess.run([sys.executable, "-c", KILLER, kills, str(tmp_path), *TINY_RUN, "--stop-after", "3"], text=True,
-                          capture_output=True, cwd=Path(pah.__file__).parent)
+    command = [sys.executable, "-c", KILLER, kills, str(tmp_path), *TINY_RUN, "--stop-after", "3"]
+    done = subprocess.run(command, text=True, capture_output=True, cwd=Path(pah.__file__).parent)
     assert done.returncode == 0 and "runs ended with the same matrix" in done.stdout, done.stderr
     print(done.stdout)
 
@@ -613,7 +617,7 @@ def test_two_processes_build_one_cache(folder, tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(pah.__file__).parent) for _ in "12"]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert "decoding\n" in said and [p.name for p in (tmp_path / "data").iterdir()] == ["my images-16.npz"]
+    assert "decoding\n" in said and [p.name for p in (tmp_path / "data").iterdir()] == ["my images-16.pt"]
     assert len(load_dataset(str(folder), tmp_path / "data", 16).train_images) == 8
 
 
@@ -662,8 +666,8 @@ sys.exit(code)
 def torchrun(tmp_path, out, processes, *flags):
     (tmp_path / "script.py").write_text(TORCHRUN)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path / out), *TINY_RUN, *flags],
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    command = [sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path / out), *TINY_RUN, *flags]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                             env=os.environ | {"PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1"})
 
 
@@ -925,9 +929,7 @@ def test_bad_output_folders_and_checkpoints(tmp_path, capsys):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1  # one bit, among the weights
-    checkpoint.write_bytes(flipped)
+    checkpoint.write_bytes(one_bit_flipped(whole))  # among the weights
     fails("CRC", "--resume")
     checkpoint.write_bytes(whole)
     saved = torch.load(checkpoint, weights_only=True)
@@ -989,17 +991,16 @@ def test_bad_archives(tmp_path, monkeypatch, capsys):
 
 def test_bad_caches(folder, tmp_path, capsys):
     """A cache of another format, or one that holds pickled objects: built anew, and no code in it is run."""
-    cache = tmp_path / "data/my images-16.npz"
+    cache = tmp_path / "data/my images-16.pt"
     good = load_dataset(str(folder), cache.parent, 16)
 
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
-    with np.load(cache) as f:
-        arrays = dict(f)
-    for change in {"signature": np.array("0 other")}, {"classes": np.array([Evil()], dtype=object)}, {"train_images": None}:
-        np.savez(cache, **{k: v for k, v in (arrays | change).items() if v is not None})
+    saved = torch.load(cache, weights_only=True)
+    for change in {"signature": "1 other"}, {"data": [Evil()]}, {"data": saved["data"][:3]}:
+        torch.save(saved | change, cache)
         assert torch.equal(load_dataset(str(folder), cache.parent, 16).train_images, good.train_images)
         assert "rebuilding" in capsys.readouterr().err and not (tmp_path / "executed").exists()
 
