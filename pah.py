@@ -923,8 +923,9 @@ def run(args, seed, tasks, runs_left=0):
         state["images"] += math.prod(steps_and_batch(len(images), args.batch_size, world)) * args.epochs
         state["seconds"] += time.perf_counter() - start
         result = summary(state, model, complete=k == rounds[-1])
-        print(f"task {k + 1:>2}/{len(tasks)}  AA {result['AA']:5.2f}  FM {result['FM'] or 0:5.2f}  "
-              f"{duration(state['seconds'])}  |" + "".join(f" {a:.1f}" for a in R[-1]), flush=True)
+        line = (f"task {k + 1:>2}/{len(tasks)}  AA {result['AA']:5.2f}  FM {result['FM'] or 0:5.2f}  "
+                f"{duration(state['seconds'])}  |" + "".join(f" {a:.1f}" for a in R[-1]))
+        print(line[:shutil.get_terminal_size().columns] if progress.live else line, flush=True)
         if rank:
             continue
         if initial is not None:  # apart from the checkpoint, which holds no image; read for the picture alone
@@ -1054,8 +1055,9 @@ def mean_std(values):
 def print_result(result):
     """Print the accuracy matrix and the summary of one results.json."""
     print("\naccuracy in % on task (column) after task (row)")
+    room = (shutil.get_terminal_size().columns - 4) // len(result["accuracy"])
     for k, row in enumerate(result["accuracy"]):
-        print(f"{k + 1:>3} " + "".join(f"{a:>6.1f}" for a in row))
+        print(f"{k + 1:>3} " + "".join(f"{a:>6.1f}" if room > 5 else f"{a:>{max(room, 3)}.0f}" for a in row))
     print("  ".join(f"{name} {result[name]:.2f}" for name in ("AA", "FM", "BWT", "LA") if result[name] is not None)
           + f"  time {duration(result['seconds'])}  {result['images_per_second']:,.0f} images/s  "
           f"peak {result['peak_memory_bytes'] / 2**30:.1f} GiB\n", flush=True)
@@ -1130,8 +1132,8 @@ def bench(args, task, rounds=4, budget=60.0):
     Rounds of all settings take turns, so that a machine whose speed drifts slows all alike; medians over all steps.
 
     `task` is any Task: its training images are measured on. `budget` is in seconds, for the timed steps."""
-    device, K, peak = torch.device(args.device), args.tasks, {}
-    at = sorted({1, min(2, K), max(1, K // 2), K}) if not args.joint else [1]
+    device, K = torch.device(args.device), args.tasks
+    at = [1] if args.joint else sorted({1, min(2, K), max(1, K // 2), K})
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     steps_an_epoch, batch = steps_and_batch(len(task.train_images), args.batch_size)
     images, labels = task.train_images[:batch], task.train_labels[:batch]
@@ -1174,14 +1176,14 @@ def bench(args, task, rounds=4, budget=60.0):
 
     seconds = {name: [] for name in ["floor", *at]}
     floor(2, train=True)
-    peak["floor"] = peak_memory(device, reset=True) - used
+    floor_peak = peak_memory(device, reset=True) - used
     steps = int(min(50, max(2, budget / (rounds * (len(at) + 1) * 1.7 * min(seconds["floor"])) - 2)))
     seconds["floor"].clear()
     for _ in range(rounds):
         floor(steps + 1)
         for k in at:
             training(k, steps)
-    peak[K] = peak_memory(device) - used
+    peak = peak_memory(device) - used
     took = {name: float(np.median(values)) for name, values in seconds.items()}
     print(f"batch {batch}, {images.shape[-1]}x{images.shape[-1]}, {args.stem} stem, width {args.width}, "
           f"{args.optimizer}, {args.precision}, {device_name(device)}, torch {torch.__version__}\n\n"
@@ -1189,16 +1191,17 @@ def bench(args, task, rounds=4, budget=60.0):
     for name, value in took.items():
         print(f"{name if name == 'floor' else f'task {name}':12}{1000 * value:>10.1f}{batch / value:>10,.0f}"
               f"{value / took['floor']:>10.2f}")
-    if K > 2:
+    if 2 in took:
         print(f"\ntask {K} / task 2: {took[K] / took[2]:.2f}")
-    print(f"peak memory: {peak[K] / 2**30:.2f} GiB, {peak[K] / max(1, peak['floor']):.2f} x the floor's (with AdamW)")
+    print(f"peak memory: {peak / 2**30:.2f} GiB, {peak / max(1, floor_peak):.2f} x the floor's (with AdamW)")
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         model.features(x).sum().backward()
         with torch.no_grad():
             teacher.features(x)
     flops = counter.get_total_flops()
-    print(f"counted operations: {flops / 1e9:.1f} GFLOP a floor step, {flops / took[K] / 1e12:.3f} TFLOP/s at task {K}")
+    print(f"counted operations: {flops / 1e9:.1f} GFLOP a floor step; at task {at[-1]} "
+          f"{flops / took[at[-1]] / 1e12:.3f} TFLOP/s of them")
     every = np.interp(range(1, K + 1), at, [took[k] for k in at])
     evaluation = K * (K + 1) / 2 * len(task.test_images) / batch * took["floor"] / 4
     whole = sum(every) * steps_an_epoch * args.epochs + evaluation
@@ -1287,7 +1290,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=count, default=30, metavar="N", help="a task (mnist: 2, synthetic: 8)")
     g.add_argument("--batch-size", type=number(int, 2, 100_000), default=64, metavar="N")
     g.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the backbone's filters")
-    g.add_argument("--lr", type=rate, help="peak learning rate of the backbone (muon: 0.02, synthetic 0.01; adamw: 0.002)")
+    g.add_argument("--lr", type=rate, help="peak, of the backbone (muon: 0.02, synthetic 0.01; adamw: 0.002)")
     g.add_argument("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
     g.add_argument("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
     g.add_argument("--weight-decay", type=weight, default=0.005)
@@ -1331,7 +1334,7 @@ def start_processes(args):
     """Under torchrun: join the other processes, take this one's GPU, and keep quiet unless it is the first.
     Returns (rank, number of processes)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or not torch.distributed.is_torchelastic_launched():
+    if world == 1 or not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
         return 0, 1
     if args.bench or args.batch_size % world or args.batch_size < 2 * world:
         raise Problem("--bench: is for one process" if args.bench else f"--batch-size {args.batch_size}: is for all "

@@ -33,6 +33,7 @@ ablations() { # name, flags: one thing changed at a time
   for mu in 0 0.5 2; do job "$1-mu$mu" "${@:2}" --mu "$mu"; done
   for size in 5 16 20 30; do job "$1-size$size" "${@:2}" --proto-size "$size"; done
   job "$1-random" "${@:2}" --proto-init random
+  job "$1-sp-tasks2" "${@:2}" --sp-tasks 2
 }
 
 if [[ $quick ]]; then

@@ -722,7 +722,7 @@ esac
     script = Path(pah.__file__).parent / "run_all.sh"
     copy_of_script = tmp_path / "run_all.sh"
     copy_of_script.write_text(script.read_text())
-    for flags, count in (["--quick"], 17), (["--epochs", "3"], 27):
+    for flags, count in (["--quick"], 18), (["--epochs", "3"], 28):
         done = subprocess.run(["bash", copy_of_script, *flags], capture_output=True, text=True,
                               env=os.environ | {"PYTHON": str(stub)})
         assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
