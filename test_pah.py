@@ -513,29 +513,45 @@ def test_what_does_not_change_a_result(tmp_path, monkeypatch):
 
 
 KILLER = """
-import json, os, random, signal, sys, time, zipfile
+import io, json, os, random, select, signal, sys, time, zipfile
 from pathlib import Path
 import torch
 import pah
 from PIL import Image
 kills, out, flags = int(sys.argv[1]), Path(sys.argv[2]), [*sys.argv[3:], "--resume"]
-replace = os.replace
+save, (heard, tell) = torch.save, os.pipe()
+os.set_blocking(heard, False)
+
+def slowly(value, path):  # so that every second one can be killed while it writes
+    save(value, blob := io.BytesIO())
+    os.write(tell, b".")
+    with open(path, "wb") as f:
+        for half in blob.getvalue()[:1000], blob.getvalue()[1000:]:
+            f.write(half), f.flush(), time.sleep(0.1)
 
 def start(folder):
+    while select.select([heard], [], [], 0)[0]:
+        os.read(heard, 1000)  # of the one before
     if pid := os.fork():
         return pid
     torch.set_num_threads(1)
-    os.replace = lambda a, b: (time.sleep(0.05), replace(a, b), time.sleep(0.05))  # so that many die while they write
+    torch.save = slowly
     sys.stdout = open(os.devnull, "w")
     os._exit(pah.main([*flags, "--out", str(folder)]))
 
-def finished(pid, seconds):
-    end = time.monotonic() + seconds
+def finished(pid, seconds, writes=0):  # kills it after so long, or in its so-manieth write
+    end, wrote = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         if (done := os.waitpid(pid, os.WNOHANG))[0]:
             assert done[1] == 0, done
             return True
-        time.sleep(0.002)
+        try:
+            wrote += len(os.read(heard, 1))
+        except BlockingIOError:
+            time.sleep(0.002)
+        if wrote and wrote == writes:
+            time.sleep(random.uniform(0, 0.2))
+            break
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     assert status in (0, signal.SIGKILL), status
@@ -551,7 +567,11 @@ done = writing = rounds = 0
 random.seed(0)
 while done < kills:
     folder = out / f"cut{rounds}"
-    while not finished(start(folder), random.uniform(0, whole if done < kills else 300)):
+    def killed():
+        if done >= kills or done % 2:
+            return not finished(start(folder), 300, random.randint(1, 2) if done < kills else 0)
+        return not finished(start(folder), random.uniform(0, whole))
+    while killed():
         done += 1
         for file in folder.glob("seed0/*"):
             if file.name.endswith(".tmp"):
@@ -617,7 +637,7 @@ def test_two_processes_build_one_cache(folder, tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(pah.__file__).parent) for _ in "12"]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert "decoding\n" in said and [p.name for p in (tmp_path / "data").iterdir()] == ["my images-16.pt"]
+    assert sorted(said) == ["", "decoding\n"] and [p.name for p in (tmp_path / "data").iterdir()] == ["my images-16.pt"]
     assert len(load_dataset(str(folder), tmp_path / "data", 16).train_images) == 8
 
 
