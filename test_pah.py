@@ -851,6 +851,27 @@ def test_report(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("\\begin{tabular}") and out.count(" & ") == 20 and "81.00 $\\pm$ 1.41" in out
     run_main("--report", tmp_path / "e", code=2)
+    leave("g", 0, 70.0, 2.0, dataset="cifar100", tasks=10)
+    run_main("--report", tmp_path, "--with-reported")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("(reported)" in line for line in lines) == 9 and not any("tinyimagenet" in line for line in lines)
+    assert "74.46 ± 0.08  1.71 ± 0.02" in next(line for line in lines if "PAH (reported)" in line)
+
+
+def test_pictures_show_the_numbers(tmp_path):
+    """Cells of a higher accuracy are darker; a curve is where its accuracy is; one task and twenty make pictures too."""
+    R = [[90.0], [50.0, 70.0]]
+    pah.draw_accuracy(tmp_path / "a.png", R, "two tasks")
+    picture = Image.open(tmp_path / "a.png")
+    corner = lambda row, column: sum(picture.getpixel((64 + 44 * column + 2, 66 + 44 * row + 2)))
+    assert corner(0, 0) < corner(1, 1) < corner(1, 0) and picture.getpixel((64 + 44 + 2, 66 + 2)) == (255, 255, 255)
+    pah.draw_curves(tmp_path / "c.png", R, "two tasks")
+    pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).astype(int)
+    column = pixels[60:385, 715]  # near the end the first task is at 50, AA at 60: black, below it the red of task 1
+    black, red = np.nonzero(column.sum(1) < 60)[0], np.nonzero((column[:, 0] > 150) & (column[:, 1] < 110))[0]
+    assert len(black) and len(red) and black.max() < red.min()
+    for R in [[30.0]], [[float(i + j) for j in range(i + 1)] for i in range(20)], [[0.0], [0.0, 100.0]]:
+        pah.draw_accuracy(tmp_path / "a.png", R, "x"), pah.draw_curves(tmp_path / "c.png", R, "x")
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
