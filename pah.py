@@ -678,17 +678,25 @@ class Muon(torch.optim.AdamW):
     """AdamW, but in parameter groups with `muon=True` a filter bank, as a matrix (outputs, the rest), moves along its
     orthogonalised Nesterov momentum (Jordan et al. 2024)."""
 
+    def momentum(self, p):
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        return self.state[p]["momentum"]
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in (g for g in self.param_groups if g.get("muon")):
-            same_shape = {}
+            same_shape = {}  # orthogonalised together: a GPU would wait for many small products
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                same_shape.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(momentum, 0.95).flatten(1)))
-                p.grad = None  # AdamW leaves it alone
+                same_shape.setdefault(p.flatten(1).shape, []).append(p)
             for (rows, columns), filters in same_shape.items():
-                parameters, updates = zip(*filters)
-                for p, update in zip(parameters, orthogonalised(torch.stack(updates))):
+                updates = []
+                for p in filters:
+                    momentum = self.momentum(p).lerp_(p.grad, 0.05)
+                    updates.append(p.grad.lerp_(momentum, 0.95).flatten(1))
+                    p.grad = None  # AdamW leaves it alone
+                updates = torch.stack(updates)
+                for p, update in zip(filters, orthogonalised(updates)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
         return super().step(closure)
