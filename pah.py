@@ -1086,7 +1086,7 @@ PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 
 def report(folder, style="text", with_reported=False):
     """Print a table of all finished runs below `folder`: a row a setting, mean ± standard deviation over its seeds.
-    A setting is named by its data set, its tasks and the options in which the settings differ. `with_reported` puts the
+    A setting is named by its data set, its tasks and the options that are not the default. `with_reported` puts the
     numbers that the paper reports above them, for the data sets that were run."""
     settings = {}
     for path in sorted(Path(folder).rglob("results.json")):
@@ -1105,7 +1105,7 @@ def report(folder, style="text", with_reported=False):
     if not settings:
         raise Problem(f"--report {folder}: no finished results.json in or below it")
     options = [json.loads(key) for key in settings]
-    differing = sorted(k for k in options[0] if k not in ("dataset", "tasks") and len({o.get(k) for o in options}) > 1)
+    unsaid = {"dataset", "tasks"} | ({"precision"} if len({o.get("precision") for o in options}) == 1 else set())
     rows = [["setting", "AA", "FM", "LA", "seeds", "time"]]
     for column, dataset in (1, "cifar100"), (3, "tinyimagenet"):
         if with_reported and any(o["dataset"] == dataset for o in options):
@@ -1113,8 +1113,9 @@ def report(folder, style="text", with_reported=False):
                 rows.append([f"{dataset}: {cells[0]} (reported)", *cells[column:column + 2], "-", "-", "-"])
     for setting, results in zip(options, settings.values()):
         name = [f"{Path(setting['dataset']).name}, {setting['tasks']} tasks"]
-        name += [f"--{k.replace('_', '-')}" + ("" if setting[k] is True else f" {setting[k]}")
-                 for k in differing if setting[k] is not None and setting[k] is not False]
+        default = vars(parse_args(["--dataset", setting["dataset"]]))
+        name += [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in setting.items()
+                 if k not in unsaid and v != default.get(k) and v is not None]
         cells = [mean_std([r[m] for r in results]) if results[0][m] is not None else "-" for m in ("AA", "FM", "LA")]
         seeds = " ".join(str(r["seed"]) for r in results)
         rows.append([" ".join(name), *cells, seeds, duration(np.mean([r["seconds"] for r in results]))])

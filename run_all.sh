@@ -2,7 +2,7 @@
 # The whole paper: main table, controls and ablations with three seeds, then the table of all results.
 #
 #   ./run_all.sh             one process on each GPU (or one on the CPU, which takes days)
-#   ./run_all.sh --quick     the same settings, one seed, small, on the synthetic data: minutes on two CPU cores
+#   ./run_all.sh --quick     the same settings, two seeds, small, on the synthetic data: minutes on two CPU cores
 #   ./run_all.sh --plan      only say what would run, and for how long
 #
 # Other flags go to every run. Finished runs are skipped and cut-off ones go on, so start it again at any time; Ctrl-C
@@ -37,7 +37,7 @@ ablations() { # name, flags: one thing changed at a time
 }
 
 if [[ $quick ]]; then
-  folder=runs/quick seeds=(0)
+  folder=runs/quick seeds=(0 1)
   benchmark synthetic-5 --dataset synthetic --width 8
   ablations synthetic-5 --dataset synthetic --width 8
 else
