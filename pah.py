@@ -1153,7 +1153,7 @@ def bench(args, task, rounds=4, budget=60.0):
     used = peak_memory(device, reset=True)
 
     def floor(steps, train=False):
-        optimizer = torch.optim.AdamW(model.backbone.parameters(), fused=True) if train else None
+        optimizer = torch.optim.AdamW(model.backbone.parameters(), fused=device.type != "mps") if train else None
         for i in range(steps + 1):
             wait()
             start = time.perf_counter()
