@@ -1135,7 +1135,7 @@ def report(folder, style="text", with_reported=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Speed
 
-def bench(args, task, rounds=4, budget=60.0):
+def bench(args, task, budget=60.0):
     """Print the speed of a training step at several tasks, beside the least that it could cost: the bare student's
     forward and backward pass and the bare teacher's forward pass, on one batch that is already there (the floor).
     Rounds of all settings take turns, so that a machine whose speed drifts slows all alike; medians over all steps.
@@ -1186,7 +1186,9 @@ def bench(args, task, rounds=4, budget=60.0):
     seconds = {name: [] for name in ["floor", *at]}
     floor(2, train=True)
     floor_peak = peak_memory(device, reset=True) - used
-    steps = int(min(50, max(2, budget / (rounds * (len(at) + 1) * 1.7 * min(seconds["floor"])) - 2)))
+    fit = budget / (1.7 * min(seconds["floor"]) * (len(at) + 1))  # steps of each setting
+    rounds = 4 if fit > 16 else 2
+    steps = int(min(50, max(2, fit / rounds - 2)))
     seconds["floor"].clear()
     for _ in range(rounds):
         floor(steps + 1)
