@@ -84,13 +84,14 @@ def locked(folder, busy=None):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if busy:
+                os.close(handle)
                 raise Problem(busy) from error
             fcntl.flock(handle, fcntl.LOCK_EX)
             waited = True
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks
     try:
-        for left in [*folder.glob(".*.tmp"), *folder.glob(".download-*")]:  # by a process that was killed
+        for left in [*folder.glob(".*.[0-9]*.tmp"), *folder.glob(".download-*")]:  # by a process that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield waited
     finally:
@@ -775,11 +776,9 @@ def train_task(model, teacher, task, images, labels, args, progress):
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             progress(epoch, step, losses)
-    if world > 1:  # processes on the CPU have each seen their share of the images
+    if world > 1:  # each has updated BatchNorm's statistics once since the last forward pass shared them
         for buffer in model.buffers():
-            if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer)
-                buffer /= world
+            torch.distributed.broadcast(buffer, 0)
 
 
 def steps_and_batch(images, batch_size, world=1):
@@ -1343,10 +1342,10 @@ def parse_args(argv=None):
 
 def start_processes(args):
     """Under torchrun: join the other processes, take this one's GPU, and keep quiet unless it is the first.
-    Returns (rank, number of processes)."""
+    Returns this process's number, 0 without torchrun."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 or not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
-        return 0, 1
+        return 0
     if args.bench or args.batch_size % world or args.batch_size < 2 * world:
         raise Problem("--bench: is for one process" if args.bench else f"--batch-size {args.batch_size}: is for all "
                       f"{world} processes together, which must share it evenly, two images each at least")
@@ -1354,20 +1353,19 @@ def start_processes(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank, world = rank_and_world()
+    rank = torch.distributed.get_rank()
     if rank:
         sys.stdout = open(os.devnull, "w")
-    return rank, world
+    return rank
 
 
 def main(argv=None):
-    args = None
     try:
         args = parse_args(argv)
         if args.report:
             report(args.report, args.format, args.with_reported)
             return 0
-        rank, world = start_processes(args)
+        rank = start_processes(args)
         data = load_dataset(args.dataset, args.data, args.image_size)
         results = []
         for i, seed in enumerate(args.seeds):
