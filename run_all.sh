@@ -71,8 +71,8 @@ printf '%d settings, %d seeds, %d at a time: at most %d h %02d min in all\n' ${#
   $((seconds / workers / 3600)) $((seconds / workers / 60 % 60))
 if [[ $plan ]]; then exit; fi
 
-worker() { # number: takes every n-th job
-  local i words log
+worker() { # number: takes every n-th job; fails if one of them did
+  local i words log failed=0
   for ((i = $1; i < ${#jobs[@]}; i += workers)); do
     read -ra words <<<"${jobs[i]}"
     log=$folder/${words[0]}.log
@@ -82,12 +82,19 @@ worker() { # number: takes every n-th job
       echo "$((i + 1))/${#jobs[@]}  ${words[0]}:  $(grep '^AA\|seeds: AA' "$log" | tail -n 1)"
     else
       echo "$((i + 1))/${#jobs[@]}  ${words[0]} failed: $(tail -n 1 "$log")"
+      failed=1
     fi
   done
+  return $failed
 }
 
 mkdir -p "$folder"
 trap 'trap "" TERM; kill 0; wait; echo "stopped; the same command goes on"; exit 130' INT TERM
-for ((w = 0; w < workers; w++)); do worker "$w" & done
-wait
+pids=() status=0
+for ((w = 0; w < workers; w++)); do
+  worker "$w" &
+  pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=1; done
 "$python" pah.py --report "$folder" --with-reported
+exit $status

@@ -749,6 +749,7 @@ def test_run_all(tmp_path):
 case "$*" in
   *device_count*) echo 0 ;;
   *--bench*) echo "predicted: 1:02:03 for 5 tasks of 8 epochs, a seed" ;;
+  *"$FAIL"*) echo "pah.py: no luck" >&2; exit 2 ;;
   *) echo "$*" >>{tmp_path}/calls; echo "AA 50.00" ;;
 esac
 """)
@@ -758,13 +759,17 @@ esac
     copy_of_script.write_text(script.read_text())
     for flags, count in (["--quick"], 18), (["--epochs", "3"], 28):
         done = subprocess.run(["bash", copy_of_script, *flags], capture_output=True, text=True,
-                              env=os.environ | {"PYTHON": str(stub)})
+                              env=os.environ | {"PYTHON": str(stub), "FAIL": "nothing"})
         assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
         calls = (tmp_path / "calls").read_text().splitlines()
         (tmp_path / "calls").unlink()
         settings = {json.dumps(vars(pah.parse_args(call.split()[1:])), sort_keys=True) for call in calls}
         assert len(settings) == len(calls) == count + 1 and "--report" in calls[-1]
         assert done.stdout.count("AA 50.00") >= count
+    done = subprocess.run(["bash", copy_of_script, "--quick"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": str(stub), "FAIL": "--mu 0.5"})
+    assert done.returncode == 1 and "synthetic-5-mu0.5 failed: pah.py: no luck" in done.stdout
+    assert len((tmp_path / "calls").read_text().splitlines()) == 18  # all others, and the report
 
 
 @pytest.mark.parametrize("flags", [["--head", "stored"], ["--embedding", "vector"], ["--joint"],
@@ -784,12 +789,13 @@ def test_every_kind_of_run_ends(flags, tmp_path):
 def test_orthogonalised():
     torch.manual_seed(0)
     for shape in (3, 16, 40), (2, 40, 16), (1, 8, 8):
-        m = torch.randn(shape)
-        out = pah.orthogonalised(m)
-        u, _, vt = torch.linalg.svd(m, full_matrices=False)
+        u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        s = torch.logspace(0, -1.8, min(shape[1:]))
+        out = pah.orthogonalised(u @ s.diag() @ vt)
         singular = (u.mT @ out @ vt.mT).diagonal(dim1=-2, dim2=-1)
-        assert out.shape == shape and 0.5 < singular.min() and singular.max() < 1.3
-        assert (u.mT @ out @ vt.mT - singular.diag_embed()).abs().max() < 1e-3
+        assert out.shape == shape and 0.72 < singular.min() and singular.max() < 1.28
+        assert (u.mT @ out @ vt.mT - singular.diag_embed()).abs().max() < 1e-4
+    assert not pah.orthogonalised(torch.zeros(1, 4, 6)).any()
 
 
 def test_muon_moves_filters_and_adamw_the_rest():
