@@ -19,6 +19,7 @@ The file reads from top to bottom: data, tasks, model, losses, metrics, training
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -334,10 +335,16 @@ def decode(files, size):
     return out
 
 
+@functools.cache
+def channels(values, device):
+    """(3, 1, 1), made once: the copy to a GPU would make every step wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def normalise(images):
     """uint8 (..., 3, H, W) -> float32, each channel with about zero mean and unit variance."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255 - channels(MEAN, images.device)) / channels(STD, images.device)
 
 
 def augment(images, pad, flip=True):
@@ -990,8 +997,8 @@ def draw_prototypes(path, initial, learned, tasks, scale=4):
     (k, C, channels, s, s), normalised; `tasks` gives the classes' names."""
     from PIL import Image, ImageDraw
     pairs = torch.stack([initial, learned], 1).expand(-1, -1, -1, 3, -1, -1)  # (k, 2, C, 3, s, s)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    pixels = ((pairs * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pairs * channels(STD, pairs.device) + channels(MEAN, pairs.device)
+    pixels = (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
     k, _, classes, _, s, _ = pixels.shape
     tile, label, gap = max(s * scale, 48), 12, 6
     block = label + 2 * (tile + 2) + gap

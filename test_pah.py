@@ -664,8 +664,9 @@ class Synchronised(torch.nn.BatchNorm2d):  # torch's own is for GPUs only
         column = lambda v: v[:, None, None]
         return (x - column(mean)) / column(var + self.eps).sqrt() * column(self.weight) + column(self.bias)
 
-torch.nn.BatchNorm2d = Synchronised
-joint_loss, losses = pah.joint_loss, []
+if "PLAIN" not in os.environ:
+    torch.nn.BatchNorm2d = Synchronised
+joint_loss, evaluate, losses = pah.joint_loss, pah.evaluate, []
 
 def recorded(*args):
     loss, parts = joint_loss(*args)
@@ -675,7 +676,12 @@ def recorded(*args):
     losses.append((mean / pah.rank_and_world()[1]).tolist())
     return loss, parts
 
-pah.joint_loss = recorded
+def noted(model, *rest):
+    if not os.path.exists(f"{out}.{rank}.buffers"):
+        open(f"{out}.{rank}.buffers", "w").write(str([b.double().sum().item() for b in model.buffers()]))
+    return evaluate(model, *rest)
+
+pah.joint_loss, pah.evaluate = recorded, noted
 rank, out = os.environ.get("RANK", "0"), sys.argv[1]
 open(f"{out}.{rank}.pid", "w").write(str(os.getpid()))
 code = pah.main([*sys.argv[2:], "--out", out])
@@ -685,12 +691,12 @@ sys.exit(code)
 """
 
 
-def torchrun(tmp_path, out, processes, *flags):
+def torchrun(tmp_path, out, processes, *flags, **env):
     (tmp_path / "script.py").write_text(TORCHRUN)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path / out), *TINY_RUN, *flags]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1"} | env)
 
 
 def test_torchrun_is_the_same_run(tmp_path):
@@ -710,13 +716,15 @@ def test_torchrun_is_the_same_run(tmp_path):
 
 
 def test_torchrun_survives_a_death(tmp_path):
-    """A process of two dies: the run ends with a message, and one process goes on where it was."""
-    process = torchrun(tmp_path, "two", 2, "--stop-after", "3")
+    """A process of two dies: the run ends with a message, and one process goes on where it was. Before that both had
+    the same BatchNorm statistics, although each normalises its own share."""
+    process = torchrun(tmp_path, "two", 2, "--stop-after", "3", PLAIN="1")
     while process.poll() is None and not (tmp_path / "two/seed0/checkpoint.pt").exists():
         time.sleep(0.01)
     os.kill(int((tmp_path / "two.1.pid").read_text()), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGKILL" in err
+    assert (tmp_path / "two.0.buffers").read_text() == (tmp_path / "two.1.buffers").read_text()
     process = torchrun(tmp_path, "two", 1, "--resume", "--stop-after", "3")
     assert process.communicate(timeout=300) and process.returncode == 0
     r = results(tmp_path / "two")
@@ -845,6 +853,22 @@ def test_bf16_on_the_cpu_stays_close():
 def test_cuda(precision, tmp_path):
     run_main("--dataset", "synthetic", "--epochs", 5, "--device", "cuda", "--precision", precision, "--out", tmp_path)
     assert results(tmp_path)["AA"] > 60
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_does_not_wait_for_the_gpu():
+    model, teacher, x, y = (v.cuda() for v in pair())
+    teacher.frozen_heads = teacher.frozen_heads.cuda()
+    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    images = torch.zeros(len(x), 3, 16, 16, dtype=torch.uint8, device="cuda")
+    for mode in "default", "error":  # what is made once may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            x = pah.normalise(pah.augment(images, 2))
+            pah.joint_loss(model, teacher, x, y, 3, sp_tasks=2)[0].backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_report(tmp_path, capsys):
