@@ -680,10 +680,11 @@ def orthogonalised(matrices):
     gram = x @ x.mT
     bound = gram.norm(dim=(-2, -1), keepdim=True) + 1e-14  # no squared singular value is above it
     gram /= bound
-    eye = torch.eye(gram.shape[-1], device=x.device)
 
     def polynomial(gram, a, b, c):  # as a factor of x: a + b x x^T + c (x x^T)^2
-        return torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        return factor
 
     product = polynomial(gram, *QUINTICS[0])
     for coefficients in QUINTICS[1:]:
@@ -696,27 +697,23 @@ class Muon(torch.optim.AdamW):
     """AdamW, but in parameter groups with `muon=True` a filter bank, as a matrix (outputs, the rest), moves along its
     orthogonalised Nesterov momentum (Jordan et al. 2024)."""
 
-    def momentum(self, p):
-        if "momentum" not in self.state[p]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-        return self.state[p]["momentum"]
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in (g for g in self.param_groups if g.get("muon")):
-            same_shape = {}  # orthogonalised together: a GPU would wait for many small products
+            lr, same_shape = group["lr"], {}
             for p in (p for p in group["params"] if p.grad is not None):
-                same_shape.setdefault(p.flatten(1).shape, []).append(p)
-            for (rows, columns), filters in same_shape.items():
-                updates = []
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                same_shape.setdefault(p.shape, []).append(p)
+            for shape, filters in same_shape.items():  # together: a GPU would wait for many small operations
+                grads, momenta = [p.grad for p in filters], [self.state[p]["momentum"] for p in filters]
+                torch._foreach_lerp_(momenta, grads, 0.05)
+                torch._foreach_lerp_(grads, momenta, 0.95)
+                updates = orthogonalised(torch.stack(grads).flatten(2)).unflatten(2, shape[1:])
+                torch._foreach_mul_(filters, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(filters, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
                 for p in filters:
-                    momentum = self.momentum(p).lerp_(p.grad, 0.05)
-                    updates.append(p.grad.lerp_(momentum, 0.95).flatten(1))
                     p.grad = None  # AdamW leaves it alone
-                updates = torch.stack(updates)
-                for p, update in zip(filters, orthogonalised(updates)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
         return super().step(closure)
 
 
