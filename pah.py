@@ -709,11 +709,13 @@ class Muon(torch.optim.AdamW):
                 grads, momenta = [p.grad for p in filters], [self.state[p]["momentum"] for p in filters]
                 torch._foreach_lerp_(momenta, grads, 0.05)
                 torch._foreach_lerp_(grads, momenta, 0.95)
-                updates = orthogonalised(torch.stack(grads).flatten(2)).unflatten(2, shape[1:])
-                torch._foreach_mul_(filters, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(filters, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
+                updates = torch.stack(grads).flatten(2)
+                del grads
                 for p in filters:
                     p.grad = None  # AdamW leaves it alone
+                updates = orthogonalised(updates).unflatten(2, shape[1:])
+                torch._foreach_mul_(filters, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(filters, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
         return super().step(closure)
 
 
