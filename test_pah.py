@@ -829,6 +829,19 @@ def test_muon_moves_filters_and_adamw_the_rest():
         torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
 
 
+def test_muon_has_nesterov_momentum():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(4, 6, 1, 1))
+    optimizer = pah.Muon([dict(params=[p], lr=1.0, weight_decay=0, muon=True)])
+    momentum = torch.zeros(4, 6)
+    for g in torch.randn(3, 4, 6):
+        p.grad, before = g.view_as(p).clone(), p.detach().clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * g
+        want = pah.orthogonalised((0.05 * g + 0.95 * momentum)[None]).view_as(p)
+        torch.testing.assert_close(before - p.detach(), want, rtol=1e-3, atol=1e-4)
+
+
 def test_l_sp_of_drawn_tasks_is_unbiased():
     model, teacher, *_ = pair()
     exact = pah.soft_loss_prototypes(model, teacher, 3)
