@@ -463,18 +463,20 @@ class ResNet18(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """H of Eq. 2: task embeddings (..., E) -> heads (..., C, D), through two hidden layers of ReLUs.
+    """H of Eq. 2: task embeddings (..., E) -> heads (..., C, D), through two hidden layers.
 
-    For embeddings of unit mean square the heads start with the standard deviation of nn.Linear's weights, 1/sqrt(3D).
+    Tanh keeps the hidden vectors of unlike tasks about orthogonal, where ReLU would turn them into one direction: what
+    one head learns then moves the other heads less. For embeddings of unit mean square the heads start with
+    the standard deviation of nn.Linear's weights, 1/sqrt(3D).
     """
 
     def __init__(self, embedding, classes, features, hidden=64):
         super().__init__()
         self.shape = classes, features
-        self.body = nn.Sequential(nn.Linear(embedding, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.body = nn.Sequential(nn.Linear(embedding, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.out = nn.Linear(hidden, classes * features)
-        for layer, std in zip((self.body[0], self.body[2], self.out), (
-                math.sqrt(2 / embedding), math.sqrt(2 / hidden), 1 / math.sqrt(3 * features * hidden))):
+        for layer, std in zip((self.body[0], self.body[2], self.out), (  # 0.4: what tanh squared is on average
+                math.sqrt(2 / embedding), math.sqrt(2 / hidden), 1 / math.sqrt(3 * features * 0.4 * hidden))):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
@@ -695,27 +697,30 @@ def orthogonalised(matrices):
 
 class Muon(torch.optim.AdamW):
     """AdamW, but in parameter groups with `muon=True` a filter bank, as a matrix (outputs, the rest), moves along its
-    orthogonalised Nesterov momentum (Jordan et al. 2024)."""
+    orthogonalised Nesterov momentum (Jordan et al. 2024). In a step every second of them takes its turn and moves twice
+    as far: a momentum of some twenty steps hardly turns in one, and to orthogonalise it is what costs."""
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in (g for g in self.param_groups if g.get("muon")):
-            lr, same_shape = group["lr"], {}
-            for p in (p for p in group["params"] if p.grad is not None):
+            lr, group["turn"], same_shape = 2 * group["lr"], 1 - group.get("turn", 1), {}
+            filters = [p for p in group["params"] if p.grad is not None]
+            for i, p in enumerate(filters):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                same_shape.setdefault(p.shape, []).append(p)
-            for shape, filters in same_shape.items():  # together: a GPU would wait for many small operations
-                grads, momenta = [p.grad for p in filters], [self.state[p]["momentum"] for p in filters]
-                torch._foreach_lerp_(momenta, grads, 0.05)
-                torch._foreach_lerp_(grads, momenta, 0.95)
-                updates = torch.stack(grads).flatten(2)
-                del grads
-                for p in filters:
-                    p.grad = None  # AdamW leaves it alone
-                updates = orthogonalised(updates).unflatten(2, shape[1:])
-                torch._foreach_mul_(filters, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(filters, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
+                if i % 2 == group["turn"]:
+                    same_shape.setdefault(p.shape, []).append(p)
+            torch._foreach_lerp_([self.state[p]["momentum"] for p in filters], [p.grad for p in filters], 0.05)
+            for shape, due in same_shape.items():  # together: a GPU would wait for many small operations
+                updates = torch.stack([self.state[p]["momentum"] for p in due])
+                updates.lerp_(torch.stack([p.grad for p in due]), 0.05)
+                for p in due:
+                    p.grad = None
+                updates = orthogonalised(updates.flatten(2)).unflatten(2, shape[1:])
+                torch._foreach_mul_(due, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(due, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
+            for p in filters:
+                p.grad = None  # AdamW leaves it alone
         return super().step(closure)
 
 

@@ -807,39 +807,45 @@ def test_orthogonalised():
 
 
 def test_muon_moves_filters_and_adamw_the_rest():
-    """One step: filters by lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient, all else as AdamW."""
+    """Two steps with the same gradients. Every second filter bank moves in the first, the others in the second, each by
+    2 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
     model, teacher, x, y = pair()
-    expected, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    expected = copy.deepcopy(model)
     adamw = torch.optim.AdamW([dict(params=[p for p in expected.backbone.parameters() if p.ndim == 1], lr=0.002,
                                     weight_decay=0),
                                dict(params=expected.hypernetwork.parameters(), lr=1e-4, weight_decay=0.1),
                                dict(params=[expected.prototypes], lr=1e-3, weight_decay=0)])
-    for m in model, expected:
-        pah.joint_loss(m, teacher, x, y, 3)[0].backward()
-    gradients = {name: p.grad for name, p in expected.named_parameters()}
-    optimizer.step(), adamw.step()
-    for name, p in model.named_parameters():
-        if name.startswith("backbone") and p.ndim > 1:
-            g = gradients[name].flatten(1)
-            step = pah.orthogonalised(g[None])[0] * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
-            want = before[name] * (1 - 0.02 * 0.1) - step.view_as(p)
-        else:
-            want = expected.get_parameter(name)
-        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+    pah.joint_loss(expected, teacher, x, y, 3)[0].backward()
+    filters = [name for name, p in model.named_parameters() if name.startswith("backbone") and p.ndim > 1]
+    for turn in 0, 1:
+        for p, like in zip(model.parameters(), expected.parameters()):
+            p.grad = like.grad.clone()
+        optimizer.step(), adamw.step()
+        with torch.no_grad():
+            for name in filters[turn::2]:
+                p = expected.get_parameter(name)
+                g = p.grad.flatten(1)
+                step = pah.orthogonalised(g[None])[0] * 2 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
+                p.mul_(1 - 2 * 0.02 * 0.1).sub_(step.view_as(p))
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, expected.get_parameter(name), rtol=1e-4, atol=1e-5)
 
 
 def test_muon_has_nesterov_momentum():
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(4, 6, 1, 1))
-    optimizer = pah.Muon([dict(params=[p], lr=1.0, weight_decay=0, muon=True)])
+    filters = [torch.nn.Parameter(torch.zeros(4, 6, 1, 1)) for _ in range(2)]
+    optimizer = pah.Muon([dict(params=filters, lr=1.0, weight_decay=0, muon=True)])
     momentum = torch.zeros(4, 6)
-    for g in torch.randn(3, 4, 6):
-        p.grad, before = g.view_as(p).clone(), p.detach().clone()
+    for i, g in enumerate(torch.randn(4, 4, 6)):
+        before = [p.detach().clone() for p in filters]
+        for p in filters:
+            p.grad = g.view_as(p).clone()
         optimizer.step()
         momentum = 0.95 * momentum + 0.05 * g
-        want = pah.orthogonalised((0.05 * g + 0.95 * momentum)[None]).view_as(p)
-        torch.testing.assert_close(before - p.detach(), want, rtol=1e-3, atol=1e-4)
+        want = 2 * pah.orthogonalised((0.05 * g + 0.95 * momentum)[None]).view_as(p)
+        torch.testing.assert_close(before[i % 2] - filters[i % 2].detach(), want, rtol=1e-3, atol=1e-4)
+        assert torch.equal(before[1 - i % 2], filters[1 - i % 2])
 
 
 def test_l_sp_of_drawn_tasks_is_unbiased():
