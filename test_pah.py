@@ -807,8 +807,8 @@ def test_orthogonalised():
 
 
 def test_muon_moves_filters_and_adamw_the_rest():
-    """Two steps with the same gradients. Every second filter bank moves in the first, the others in the second, each by
-    2 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
+    """Five steps with the same gradients. Every fourth filter bank moves in the first, the next ones in the second, each
+    by 4 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
     model, teacher, x, y = pair()
     optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
     expected = copy.deepcopy(model)
@@ -818,34 +818,35 @@ def test_muon_moves_filters_and_adamw_the_rest():
                                dict(params=[expected.prototypes], lr=1e-3, weight_decay=0)])
     pah.joint_loss(expected, teacher, x, y, 3)[0].backward()
     filters = [name for name, p in model.named_parameters() if name.startswith("backbone") and p.ndim > 1]
-    for turn in 0, 1:
+    for turn in 0, 1, 2, 3, 0:
         for p, like in zip(model.parameters(), expected.parameters()):
             p.grad = like.grad.clone()
         optimizer.step(), adamw.step()
         with torch.no_grad():
-            for name in filters[turn::2]:
+            for name in filters[turn::4]:
                 p = expected.get_parameter(name)
                 g = p.grad.flatten(1)
-                step = pah.orthogonalised(g[None])[0] * 2 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
-                p.mul_(1 - 2 * 0.02 * 0.1).sub_(step.view_as(p))
+                step = pah.orthogonalised(g[None])[0] * 4 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
+                p.mul_(1 - 4 * 0.02 * 0.1).sub_(step.view_as(p))
         for name, p in model.named_parameters():
             torch.testing.assert_close(p, expected.get_parameter(name), rtol=1e-4, atol=1e-5)
 
 
 def test_muon_has_nesterov_momentum():
     torch.manual_seed(0)
-    filters = [torch.nn.Parameter(torch.zeros(4, 6, 1, 1)) for _ in range(2)]
+    filters = [torch.nn.Parameter(torch.zeros(4, 6, 1, 1)) for _ in range(4)]
     optimizer = pah.Muon([dict(params=filters, lr=1.0, weight_decay=0, muon=True)])
     momentum = torch.zeros(4, 6)
-    for i, g in enumerate(torch.randn(4, 4, 6)):
+    for i, g in enumerate(torch.randn(6, 4, 6)):
         before = [p.detach().clone() for p in filters]
         for p in filters:
             p.grad = g.view_as(p).clone()
         optimizer.step()
         momentum = 0.95 * momentum + 0.05 * g
-        want = 2 * pah.orthogonalised((0.05 * g + 0.95 * momentum)[None]).view_as(p)
-        torch.testing.assert_close(before[i % 2] - filters[i % 2].detach(), want, rtol=1e-3, atol=1e-4)
-        assert torch.equal(before[1 - i % 2], filters[1 - i % 2])
+        want = 4 * pah.orthogonalised((0.05 * g + 0.95 * momentum)[None]).view_as(p)
+        for turn, p in enumerate(filters):  # each has seen all gradients when its turn comes
+            torch.testing.assert_close(before[turn] - p.detach(), want if turn == i % 4 else torch.zeros_like(want),
+                                       rtol=1e-3, atol=1e-4)
 
 
 def test_l_sp_of_drawn_tasks_is_unbiased():
