@@ -715,11 +715,11 @@ class Muon(torch.optim.AdamW):
                     same_shape.setdefault(p.shape, []).append(p)
             torch._foreach_lerp_([self.state[p]["momentum"] for p in filters], [p.grad for p in filters], 0.05)
             for shape, due in same_shape.items():  # together: a GPU would wait for many small operations
-                updates = torch.stack([self.state[p]["momentum"] for p in due])
-                updates.lerp_(torch.stack([p.grad for p in due]), 0.05)
+                torch._foreach_lerp_([p.grad for p in due], [self.state[p]["momentum"] for p in due], 0.95)
+                updates = torch.stack([p.grad for p in due]).flatten(2)
                 for p in due:
                     p.grad = None
-                updates = orthogonalised(updates.flatten(2)).unflatten(2, shape[1:])
+                updates = orthogonalised(updates).unflatten(2, shape[1:])
                 torch._foreach_mul_(due, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(due, updates.unbind(), alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
             for p in filters:
