@@ -675,11 +675,11 @@ TURNS = 4
 
 
 def orthogonalised(matrices):
-    """U V^T for each of the matrices U S V^T, (n, rows, columns), roughly: the singular values above a hundredth of their
-    4-norm end between 0.73 and 1.27.
+    """U V^T for each of the matrices U S V^T, (n, rows, columns), roughly: the singular values above a hundredth of
+    their 4-norm end between 0.73 and 1.27.
 
-    Newton-Schulz iteration as in Muon (Jordan et al. 2024), with polynomials chosen as by Amsel et al. (2025). All of it
-    runs on the small Gram matrix, so that the long side is multiplied twice, not twice a step; that needs fp32."""
+    Newton-Schulz iteration as in Muon (Jordan et al. 2024), with polynomials chosen as by Amsel et al. (2025). All of
+    it runs on the small Gram matrix, so that the long side is multiplied twice, not twice a step; that needs fp32."""
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     gram = x @ x.mT
     bound = gram.norm(dim=(-2, -1), keepdim=True) + 1e-14  # no squared singular value is above it
@@ -1176,7 +1176,7 @@ def bench(args, task, budget=60.0):
     used = peak_memory(device, reset=True)
 
     def timed(name):
-        """A function to call after each step: it notes the mean of every TURNS of them, as Muon's differ, but the first."""
+        """A function to call after each step: from the second on it notes the mean of every TURNS, as Muon's differ."""
         last = [0, 0.0]
 
         def tick(*_):
@@ -1335,7 +1335,7 @@ def parse_args(argv=None):
     g.add_argument("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], metavar="S", help="run in turn")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                   help="auto: bf16 or fp16 on CUDA, fp32 elsewhere")
+                   help="auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 elsewhere")
     g.add_argument("--out", metavar="DIR", help="default: runs/<dataset>-<tasks>")
     g.add_argument("--resume", action="store_true", help="go on from the last finished task")
     g = p.add_argument_group("instead of a run")
@@ -1353,7 +1353,8 @@ def parse_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.precision == "auto":
-        args.precision = "fp32" if args.device != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        has_bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
+        args.precision = "bf16" if has_bf16.get(args.device, bool)() else "fp16" if args.device == "cuda" else "fp32"
     if args.pretrained and (args.stem, args.width) != ("7x7", 64):
         raise Problem("--pretrained: needs --stem 7x7 and --width 64, the network whose weights torchvision has")
     if args.stop_after and args.stop_after > args.tasks:

@@ -29,8 +29,9 @@ from pah import (PAH, Data, Hypernetwork, Problem, ResNet18, average_accuracy, b
                  load_checkpoint, load_dataset, split_tasks)
 
 K, C = 4, 3
-SHORT_RUN = ["--dataset", "synthetic", "--width", "8", "--epochs", "5", "--lr", "0.02"]
-TINY_RUN = ["--dataset", "synthetic", "--width", "4", "--epochs", "1", "--hidden", "8", "--batch-size", "50"]
+SHORT_RUN = ["--dataset", "synthetic", "--width", "8", "--epochs", "5", "--lr", "0.02", "--precision", "fp32"]
+TINY_RUN = ["--dataset", "synthetic", "--width", "4", "--epochs", "1", "--hidden", "8", "--batch-size", "50",
+            "--precision", "fp32"]
 
 
 def fill(model):
@@ -696,7 +697,8 @@ def torchrun(tmp_path, out, processes, *flags, **env):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launch, str(tmp_path / "script.py"), str(tmp_path / out), *TINY_RUN, *flags]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1"} | env)
+                            env={**os.environ, "PYTHONPATH": str(Path(pah.__file__).parent), "OMP_NUM_THREADS": "1",
+                                 **env})
 
 
 def test_torchrun_is_the_same_run(tmp_path):
@@ -807,8 +809,8 @@ def test_orthogonalised():
 
 
 def test_muon_moves_filters_and_adamw_the_rest():
-    """Five steps with the same gradients. Every fourth filter bank moves in the first, the next ones in the second, each
-    by 4 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
+    """Five steps with the same gradients. Every fourth filter bank moves in the first, the next ones in the second, by
+    4 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
     model, teacher, x, y = pair()
     optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
     expected = copy.deepcopy(model)
@@ -1166,6 +1168,23 @@ def test_ctrl_c_leaves_the_finished_tasks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pah, "evaluate", evaluate)
     run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path, "--resume")
     assert results(tmp_path)["complete"]
+
+
+@pytest.mark.parametrize("there, precision", [(True, "bf16"), (False, "fp32")])
+def test_precision_follows_the_processor(there, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there, raising=False)
+    assert pah.parse_args(["--device", "cpu"]).precision == precision
+    assert pah.parse_args(["--device", "cpu", "--precision", "fp32"]).precision == "fp32"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept():
+    """Twenty tensors of 64 MB one after the other: without it each of their 16,384 pages is fetched again."""
+    code = ("import resource, torch, pah; pah.keep_freed_memory(); torch.ones(1 << 24)\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "before = faults(); [torch.ones(1 << 24).shape for _ in range(20)]; print(faults() - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(pah.__file__).parent)
+    assert int(done.stdout) < 5 * 16_384, done.stderr
 
 
 def test_help_is_quick_and_torchvision_waits():
