@@ -1211,7 +1211,7 @@ def test_readme_snippets_run(learned, tmp_path, monkeypatch):
         exec(snippet.replace("range(2)", "range(1)"), scopes[-1])
     first, second, third = scopes
     accuracy = [pah.evaluate(first["model"], k, t.test_images, t.test_labels) for k, t in enumerate(first["tasks"])]
-    assert sum(accuracy) / 5 > 35  # of four classes, after one epoch
+    assert sum(accuracy) / 5 > 50  # of four classes, after one epoch
     assert second["model"](torch.zeros(2, 3, 32, 32), 9).shape == (2, 10)
     assert third["classes"].shape == (8,)
 
