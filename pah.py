@@ -467,8 +467,8 @@ class Hypernetwork(nn.Module):
     """H of Eq. 2: task embeddings (..., E) -> heads (..., C, D), through two hidden layers.
 
     Tanh keeps the hidden vectors of unlike tasks about orthogonal, where ReLU would turn them into one direction: what
-    one head learns then moves the other heads less. For embeddings of unit mean square the heads start with
-    the standard deviation of nn.Linear's weights, 1/sqrt(3D).
+    one head learns then moves the other heads less. For embeddings of unit mean square the heads start with the
+    standard deviation of nn.Linear's weights, 1/sqrt(3D).
     """
 
     def __init__(self, embedding, classes, features, hidden=64):
@@ -671,7 +671,7 @@ def evaluate(model, task, images, labels, batch_size=500):
 # Odd polynomials a x + b x^3 + c x^5, each as close to 1 as can be on the range in which the one before leaves what was
 # in [0.01, 1]; after the third that is [0.73, 1.27].
 QUINTICS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
-TURNS = 4
+TURNS = 4  # of Muon: so many steps until each filter bank has moved once
 
 
 def orthogonalised(matrices):
