@@ -147,6 +147,13 @@ def test_heads_start_at_the_scale_of_a_linear_layer():
     assert 0.7 < heads.std() / linear < 1.4
 
 
+def test_hidden_vectors_of_unlike_tasks_are_about_orthogonal():
+    torch.manual_seed(0)
+    hidden = F.normalize(Hypernetwork(3000, 10, 512, 64).body(torch.randn(50, 3000)), dim=1)
+    cosines = (hidden @ hidden.T)[~torch.eye(50, dtype=torch.bool)]
+    assert abs(cosines.mean()) < 0.1  # with ReLU 0.5
+
+
 @pytest.mark.parametrize("channels", [3, 1])
 def test_semantic_initialisation(channels):
     torch.manual_seed(0)
@@ -1180,7 +1187,7 @@ def test_precision_follows_the_processor(there, precision, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_kept():
     """Twenty tensors of 64 MB one after the other: without it each of their 16,384 pages is fetched again."""
-    code = ("import resource, torch, pah; pah.keep_freed_memory(); torch.ones(1 << 24)\n"
+    code = ("import resource, torch, pah; pah.main(['--report', 'nowhere']); torch.ones(1 << 24)\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "before = faults(); [torch.ones(1 << 24).shape for _ in range(20)]; print(faults() - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(pah.__file__).parent)
