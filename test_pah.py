@@ -726,7 +726,7 @@ def torchrun(tmp_path, out, processes, *flags, **env):
 
 def test_torchrun_is_the_same_run(tmp_path):
     """Two processes on the CPU share each batch: the losses of one process, and the same answers."""
-    both = [torchrun(tmp_path, out, processes, "--stop-after", "2") for out, processes in (("one", 1), ("two", 2))]
+    both = [torchrun(tmp_path, out, processes, "--stop-after", "2", "--lr", "0.002") for out, processes in (("one", 1), ("two", 2))]
     for process in both:
         said, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -734,8 +734,7 @@ def test_torchrun_is_the_same_run(tmp_path):
     one, two = (json.loads((tmp_path / f"{out}.json").read_text()) for out in ("one", "two"))
     assert len(one) == len(two) == 32
     torch.testing.assert_close(torch.tensor(two[:4]), torch.tensor(one[:4]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.tensor(two[:8]), torch.tensor(one[:8]), rtol=1e-2, atol=1e-2)  # rounding grows
-    torch.testing.assert_close(torch.tensor(two[16:18]), torch.tensor(one[16:18]), rtol=0.1, atol=0.05)  # three losses
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0.02, atol=0.02)  # rounding grows
     assert abs(results(tmp_path / "one")["AA"] - results(tmp_path / "two")["AA"]) < 5
     assert results(tmp_path / "two")["processes"] == 2
 
