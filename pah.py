@@ -413,18 +413,23 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
 # Model
 
 class Conv3x3(nn.Conv2d):
-    """Where a single pixel comes out, as at the end of a ResNet for small images and for prototypes, this is a matrix
-    product with the few taps that do not meet padding: the same result, in a tenth of oneDNN's time for it."""
+    """Where few pixels of many channels come out, as at the end of a ResNet for small images and for prototypes, this
+    is on a CPU a matrix product of patches and filters: the same result, three to ten times as fast as oneDNN."""
 
     def __init__(self, inputs, outputs, stride=1):
         super().__init__(inputs, outputs, 3, stride, 1, bias=False)
 
     def forward(self, x):
-        h, w = x.shape[-2:]
-        if max(h, w) > self.stride[0]:
+        s, (h, w) = self.stride[0], x.shape[-2:]
+        rows, columns = (h - 1) // s + 1, (w - 1) // s + 1
+        if x.device.type != "cpu" or self.in_channels < 64 * rows * columns:
             return super().forward(x)
-        taps = self.weight.movedim(1, -1)[:, 1:1 + h, 1:1 + w]  # channels last, as the memory is
-        return F.linear(x.movedim(1, -1).flatten(1), taps.flatten(1))[:, :, None, None]
+        x, filters = x.movedim(1, -1), self.weight.movedim(1, -1)  # channels last, as in memory
+        if rows * columns == 1:  # some taps meet nothing but padding
+            return F.linear(x.flatten(1), filters[:, 1:1 + h, 1:1 + w].flatten(1))[:, :, None, None]
+        x = F.pad(x, (0, 0, 1, 1, 1, 1))
+        patches = [x[:, i:i + s * rows:s, j:j + s * columns:s] for i in range(3) for j in range(3)]
+        return F.linear(torch.cat(patches, -1), filters.flatten(1)).movedim(-1, 1)
 
 
 class BasicBlock(nn.Module):
