@@ -722,12 +722,15 @@ def orthogonalised(matrices):
 @contextlib.contextmanager
 def rounded_products():
     """Products of fp32 matrices may round what they multiply to bf16 or TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    before = None
+    with contextlib.suppress(RuntimeError):  # where torch.backends' fp32_precision is in use: that stays as it is
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before:
+            torch.set_float32_matmul_precision(before)
 
 
 class Muon(torch.optim.AdamW):

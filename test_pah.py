@@ -846,6 +846,13 @@ def test_products_of_muon_may_be_rounded_and_nothing_else(monkeypatch):
     assert (rounded - exact).norm() < 0.01 * exact.norm()
 
 
+def test_muon_beside_the_newer_precision_options():
+    code = ("import torch, pah; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+            "pah.orthogonalised([torch.ones(2, 3)]); print(torch.backends.cuda.matmul.fp32_precision)")
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "tf32\n"
+
+
 def test_muon_moves_filters_and_adamw_the_rest(monkeypatch):
     """Six steps with the same gradients. Every fifth filter bank moves in the first, the next ones in the second, by
     5 * lr * sqrt(max(1, rows / columns)) along the orthogonalised gradient; all else moves as AdamW would have it."""
