@@ -414,7 +414,7 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
 
 class Conv3x3(nn.Conv2d):
     """Where few pixels of many channels come out, as at the end of a ResNet for small images and for prototypes, this
-    is on a CPU a matrix product of patches and filters: the same result, three to ten times as fast as oneDNN."""
+    is on a CPU a matrix product of patches and filters: the same result, several times as fast as oneDNN's."""
 
     def __init__(self, inputs, outputs, stride=1):
         super().__init__(inputs, outputs, 3, stride, 1, bias=False)

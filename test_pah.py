@@ -897,6 +897,17 @@ def test_muon_has_nesterov_momentum():
                                        rtol=1e-3, atol=1e-4)
 
 
+def test_a_frozen_backbone_is_left_alone():
+    model, teacher, x, y = pair()
+    model.backbone.requires_grad_(False)
+    before = copy.deepcopy(model)
+    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    pah.joint_loss(model, teacher, x, y, 3)[0].backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before.get_parameter(name)) == name.startswith("backbone"), name
+
+
 def test_l_sp_of_drawn_tasks_is_unbiased():
     model, teacher, *_ = pair()
     exact = pah.soft_loss_prototypes(model, teacher, 3)
