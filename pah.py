@@ -503,6 +503,9 @@ class Hypernetwork(nn.Module):
         return self.out(self.body(embedding)).unflatten(-1, self.shape)
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def detached(module):
     return {name: p.detach() for name, p in module.named_parameters()}
 
@@ -548,8 +551,7 @@ class PAH(nn.Module):
     def features(self, images, constant=False):
         """Features (B, D) in fp32. `constant` takes the backbone as it is: its weights get no gradient, and BatchNorm
         uses its running statistics and leaves them alone."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(images.device.type, HALF.get(self.precision), enabled=self.precision in HALF):
             if not constant:
                 return self.backbone(images).float()
             training = self.backbone.training
@@ -586,6 +588,9 @@ class PAH(nn.Module):
         """A copy for the next task to be taught by: eval mode, no gradients, heads of the first `tasks` generated."""
         teacher = copy.deepcopy(self).eval().requires_grad_(False)
         teacher.frozen_heads = teacher.heads(tasks)
+        for layer in teacher.backbone.modules():  # what autocast would round at every pass is rounded once
+            if self.precision in HALF and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(HALF[self.precision])
         return teacher
 
 

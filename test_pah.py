@@ -927,6 +927,14 @@ def test_bf16_on_the_cpu_stays_close():
     torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02)
 
 
+def test_the_teacher_is_rounded_once():
+    model, _, x, _ = pair()
+    model.precision = "bf16"
+    teacher = model.freeze(2)
+    assert teacher.backbone.conv1.weight.dtype == torch.bfloat16 and model.backbone.conv1.weight.dtype == torch.float32
+    assert torch.equal(teacher.features(x), model.eval().features(x))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_cuda(precision, tmp_path):
