@@ -758,9 +758,9 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_lerp_([self.state[p]["momentum"] for p in filters], [p.grad for p in filters], 0.05)
             for shape, due in same_shape.items():  # together: a GPU would wait for many small operations
                 torch._foreach_lerp_([p.grad for p in due], [self.state[p]["momentum"] for p in due], 0.95)
-                last = [p.grad.movedim(1, -1) for p in due]  # channels: flattening them copies nothing
-                updates = [update.view_as(g).movedim(-1, 1) for update, g in
-                           zip(orthogonalised([g.flatten(1) for g in last]), last)]
+                banks = [p.grad.movedim(1, -1) for p in due]  # channels last, as in memory: matrices without a copy
+                updates = orthogonalised([bank.flatten(1) for bank in banks])
+                updates = [update.view_as(bank).movedim(-1, 1) for update, bank in zip(updates, banks)]
                 torch._foreach_mul_(due, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(due, updates, alpha=-lr * max(1, shape[0] / shape[1:].numel()) ** 0.5)
             for p in filters:
@@ -1202,7 +1202,8 @@ def report(folder, style="text", with_reported=False):
 def bench(args, task, budget=60.0):
     """Print the speed of a training step at several tasks, beside the least that it could cost: the bare student's
     forward and backward pass and the bare teacher's forward pass, on one batch that is already there (the floor).
-    All settings take turns, so that a machine whose speed drifts slows all alike; medians of short means.
+    On a CPU beside it the same with nn.Conv2d's convolutions. All settings take turns, so that a machine whose speed
+    drifts slows all alike; medians of short means.
 
     `task` is any Task: its training images are measured on. `budget` is in seconds, for the timed steps."""
     device, K = torch.device(args.device), args.tasks
@@ -1217,7 +1218,8 @@ def bench(args, task, budget=60.0):
     if device.type == "cpu":  # what this file's convolutions bring
         floors["with Conv2d"] = copy.deepcopy(model)
         for layer in floors["with Conv2d"].backbone.modules():
-            layer.__class__ = nn.Conv2d if isinstance(layer, Conv3x3) else layer.__class__
+            if isinstance(layer, Conv3x3):
+                layer.__class__ = nn.Conv2d
     teachers = {name: student.freeze(0) for name, student in floors.items()}
     used = peak_memory(device, reset=True)
 

@@ -826,7 +826,8 @@ def test_every_kind_of_run_ends(flags, tmp_path):
         assert [len(row) for row in r["accuracy"]] == [5] and r["FM"] is None
 
 
-def test_orthogonalised():
+def test_orthogonalised(monkeypatch):
+    monkeypatch.setattr(pah, "rounded_products", contextlib.nullcontext)
     torch.manual_seed(0)
     for shape in (3, 16, 40), (2, 40, 16), (1, 8, 8):
         u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -842,6 +843,8 @@ def test_products_of_muon_may_be_rounded_and_nothing_else(monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(256, 1024)  # rounded where the hardware has bf16
     rounded = pah.orthogonalised([x])[0]
+    with pah.rounded_products():
+        assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == "highest"
     monkeypatch.setattr(pah, "rounded_products", contextlib.nullcontext)
     exact = pah.orthogonalised([x])[0]
@@ -852,7 +855,9 @@ def test_muon_beside_the_newer_precision_options():
     code = ("import torch, pah; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
             "pah.orthogonalised([torch.ones(2, 3)]); print(torch.backends.cuda.matmul.fp32_precision)")
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "tf32\n"
+        done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                              cwd=Path(pah.__file__).parent)
+        assert done.stdout == "tf32\n", done.stderr
 
 
 def test_muon_moves_filters_and_adamw_the_rest(monkeypatch):
