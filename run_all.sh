@@ -25,7 +25,7 @@ benchmark() {           # name, flags: PAH and its controls
   job "$@"
   job "$1-finetune" "${@:2}" --lam 0 --mu 0
   job "$1-stored-heads" "${@:2}" --head stored
-  job "$1-vector" "${@:2}" --embedding vector
+  job "$1-vector" "${@:2}" --head vector
   job "$1-joint" "${@:2}" --joint
 }
 ablations() { # name, flags: one thing changed at a time
@@ -61,7 +61,7 @@ for job in "${jobs[@]}"; do
   read -ra words <<<"$job"
   if [[ ! $name || $job != "$name"-* ]]; then # a new benchmark: measure it
     name=${words[0]}
-    predicted=$("$python" pah.py "${words[@]:1}" "${flags[@]}" --bench 10 | grep '^predicted')
+    predicted=$("$python" pah.py "${words[@]:1}" "${flags[@]}" --bench | grep '^predicted')
     each=$(awk -F'[ :]' '{for (i = 3; $i ~ /^[0-9]+$/; i++) s = 60 * s + $i; print s}' <<<"$predicted")
     echo "$name, $predicted"
   fi
@@ -96,5 +96,5 @@ for ((w = 0; w < workers; w++)); do
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-"$python" pah.py --report "$folder" --with-reported
+"$python" pah.py --report "$folder"
 exit $status
