@@ -195,15 +195,16 @@ def evaluate(model, task, images, labels):
 
 # ------------------------------ Backbone
 class BasicBlock(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
+    def __init__(self, inputs, outputs, stride=1, pool=False):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = None
-        if stride != 1:
-            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        if stride != 1:  # a pooled shortcut as in ResNet-D (He et al. 2019)
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True) if pool else nn.Identity()
+            shortcut = nn.Conv2d(inputs, outputs, 1, 1 if pool else stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
 
     def forward(self, x):
@@ -211,22 +212,24 @@ class BasicBlock(nn.Module):
         one_pixel = x.shape[2:] == (1, 1)
         y = F.conv2d(x, self.conv1.weight, padding=1) if one_pixel else self.conv1(x)
         y = self.bn2(self.conv2(F.relu(self.bn1(y), inplace=True)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        return F.relu(y + (x if self.downsample is None else self.downsample(self.pool(x))), inplace=True)
 
 class ResNet18(nn.Module):
-    """ResNet-18 without its classifier: images (B, 3, H, W) -> features (B, D = 8 * width). Names are
-    torchvision's, whose weights stem="7x7", width=64 takes; at 32 and 64 pixels the field uses stem="3x3"."""
+    """ResNet-18 without its classifier: images (B, 3, H, W) -> features (B, D = 8 * width). stem="7x7", width=64
+    is torchvision's, and takes its weights. stem="3x3", for 32 and 64 pixels, has pooled shortcuts."""
     def __init__(self, width=64, stem="3x3"):
         super().__init__()
         self.features = 8 * width
-        kernel, stride, pad = (3, 1, 1) if stem == "3x3" else (7, 2, 3)
+        small = stem == "3x3"
+        kernel, stride, pad = (3, 1, 1) if small else (7, 2, 3)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, pad, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity() if stem == "3x3" else nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        w2, w4, w8 = 2 * width, 4 * width, 8 * width
         self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
-        self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width))
-        self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width))
-        self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width))
+        self.layer2 = nn.Sequential(BasicBlock(width, w2, 2, pool=small), BasicBlock(w2, w2))
+        self.layer3 = nn.Sequential(BasicBlock(w2, w4, 2, pool=small), BasicBlock(w4, w4))
+        self.layer4 = nn.Sequential(BasicBlock(w4, w8, 2, pool=small), BasicBlock(w8, w8))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -292,10 +295,11 @@ def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 def augment(images, pad, flip=True):
-    """A random crop after zero-padding by `pad`, and a random mirror image, for each of the uint8 images
-    (B, C, H, W) on its own. Runs on the images' device without waiting for it."""
-    b, _, h, w = images.shape
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)  # views of all crops
+    """A random crop of the image with `pad` reflected pixels around it, and a random mirror image, for each of
+    the square uint8 images (B, C, S, S) on its own. Runs on the images' device without waiting for it."""
+    b, _, _, s = images.shape
+    reflected = s - 1 - (s - 1 - torch.arange(-pad, s + pad, device=images.device).abs()).abs()
+    windows = images[:, :, reflected][..., reflected].unfold(2, s, 1).unfold(3, s, 1)  # views of all crops
     top, left = torch.randint(2 * pad + 1, (2, b), device=images.device)
     crops = windows[torch.arange(b, device=images.device), :, top, left]
     if flip:
@@ -822,7 +826,7 @@ def make_parser(dataset="cifar100", optimizer="muon"):
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the backbone's filters")
     add("--lr", type=rate, default=0.02 if optimizer == "muon" else 0.002, help="(synthetic: 0.01)")
     add("--hyper-lr", type=rate, default=1e-4, help="of the hypernetwork")
-    add("--proto-lr", type=rate, default=2e-3, help="of the prototypes")
+    add("--proto-lr", type=rate, default=2e-4, help="of the prototypes")
     add("--weight-decay", type=weight, default=0.005, help="of filters, hypernetwork and stored heads")
     add("--augment", choices=("crop-flip", "crop", "none"), default="crop-flip", help="(mnist: crop)")
     add("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one after the other")

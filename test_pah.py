@@ -224,6 +224,15 @@ def test_backbone_is_torchvisions():
     for mode in (True, False):
         torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-4, atol=1e-5)
 
+def test_pooled_shortcut():
+    """That of the 3x3 stem: every pixel counts, also where the size is odd; parameters are named as torchvision's."""
+    block = pah.BasicBlock(4, 8, 2, pool=True)
+    x = torch.randn(2, 4, 5, 5)
+    small = torch.stack([x[:, :, i:i + 2, j:j + 2].mean((2, 3)) for i in (0, 2, 4) for j in (0, 2, 4)], -1).view(2, 4, 3, 3)
+    torch.testing.assert_close(block.pool(x), small)
+    assert block(x).shape == (2, 8, 3, 3) and block.downsample[0].stride == (1, 1)
+    assert list(ResNet18(4, "3x3").state_dict()) == list(ResNet18(4, "7x7").state_dict())
+
 def test_a_block_of_one_pixel():
     """Same numbers and gradients as stride 2; and in bf16, where torch 2.14's would be wrong, close to fp32's."""
     torch.manual_seed(0)
@@ -311,7 +320,7 @@ def test_augmentation():
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8).repeat(200, 1, 1, 1)
     torch.manual_seed(0)
     out = pah.augment(images, pad=2)
-    padded = F.pad(images, (2, 2, 2, 2))
+    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
     seen = set()
     for i in range(len(images)):  # each is one of the 25 crops, mirrored or not, all channels alike
         crops = {(r, c): padded[i, :, r:r + 8, c:c + 8] for r in range(5) for c in range(5)}
