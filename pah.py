@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "numpy>=1.26"]
 # ///
 """Prototype-Augmented Hypernetworks (PAH) for continual learning, in one file.
@@ -36,7 +35,6 @@ def normalise(images):
     """uint8 (..., 3, H, W) -> float32, each channel with about zero mean and unit variance."""
     mean, std = mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
-
 # ------------------------------ Model: prototypes -> task embedding -> hypernetwork -> head
 class Hypernetwork(nn.Module):
     """H of Eq. 2: task embeddings (..., E) -> heads (..., C, D). Tanh keeps hidden vectors of unlike tasks
@@ -82,11 +80,10 @@ class PAH(nn.Module):
         if self.head != "hyper":
             return
         self.prototypes[task].normal_()
-        if init == "semantic":
-            for c, prototype in enumerate(self.prototypes[task]):
-                rows = torch.nonzero(labels == c).flatten()
-                image = normalise(images[rows[torch.randint(len(rows), ())]])[None]
-                prototype.copy_(F.interpolate(image, prototype.shape[1:], mode="bilinear", antialias=True)[0])
+        for c, prototype in enumerate(self.prototypes[task] if init == "semantic" else []):
+            rows = torch.nonzero(labels == c).flatten()
+            image = normalise(images[rows[torch.randint(len(rows), ())]])[None]
+            prototype.copy_(F.interpolate(image, prototype.shape[1:], mode="bilinear", antialias=True)[0])
 
     def heads(self, n):
         """The heads of the first n tasks, (n, C, D), generated now."""
@@ -112,7 +109,6 @@ class Teacher:
         for layer in self.backbone.modules():  # what autocast would round at every pass is rounded once
             if self.precision in HALF and isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(HALF[self.precision])
-
 # ------------------------------ Losses
 def distillation(new, old, temperature=2.0):
     """KL(old || new) between softened logits (..., C), times T^2 (Hinton et al. 2015). Returns (...,)."""
@@ -121,9 +117,8 @@ def distillation(new, old, temperature=2.0):
 
 def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0):
     """L_sp (Eq. 6): earlier tasks' prototypes as images, student against teacher, each with its task's head;
-    mean over a task's prototypes, sum over tasks. The gradient reaches prototypes alone: weights are
-    constants, and BatchNorm uses running statistics. `drawn` > 0: so many random tasks stand for all,
-    unbiased."""
+    mean over prototypes, sum over tasks. The gradient reaches prototypes alone: weights are constants, and
+    BatchNorm uses running statistics. `drawn` > 0: so many random tasks stand for all, unbiased."""
     n = len(teacher.heads)
     tasks = torch.randperm(n, device=model.prototypes.device)[:drawn] if 0 < drawn < n else slice(n)
     prototypes, old_heads = model.prototypes[tasks], teacher.heads[tasks]
@@ -142,9 +137,8 @@ def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0):
 
 def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, sp_tasks=0):
     """L = L_hm + lam L_sm + mu L_sp on normalised images (B, 3, H, W) of `task`, counted from 0, with labels
-    (B,) within it. `teacher` is the model's Teacher from before this task, None in the first; `sp_tasks` > 0
-    takes L_sp from so many earlier tasks. Returns L to minimise, and the three losses as a detached tensor
-    (3,)."""
+    (B,). `teacher` is the model's Teacher from before this task, None in the first; `sp_tasks` > 0 takes L_sp
+    from so many earlier tasks. Returns L to minimise, and the three losses, detached (3,)."""
     logits = torch.einsum("bd,ncd->bnc", model.features(images), model.heads(task + 1))
     l_hm = F.cross_entropy(logits[:, task], labels)  # Eq. 4
     l_sm = l_sp = torch.zeros((), device=images.device)
@@ -156,13 +150,11 @@ def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperatur
     return l_hm + lam * l_sm + mu * l_sp, torch.stack([l_hm, l_sm, l_sp]).detach()
 
 def multitask_loss(model, images, labels):
-    """Cross-entropy on a batch from all tasks at once, the upper bound of continual learning. Labels are
-    k * C + class. Returns what `joint_loss` does."""
+    """Cross-entropy on all tasks at once, the upper bound; labels are k * C + class. Returns the like."""
     logits = torch.einsum("bd,ncd->bnc", model.features(images), model.heads(None))
     task, label = labels // logits.shape[2], labels % logits.shape[2]
     loss = F.cross_entropy(logits[torch.arange(len(task), device=task.device), task], label)
     return loss, torch.stack([loss, 0 * loss, 0 * loss]).detach()
-
 # ------------------------------ Metrics: R[k][j] is the accuracy in percent on task j after task k
 def average_accuracy(R):
     """AA: mean of the last row."""
@@ -192,7 +184,6 @@ def evaluate(model, task, images, labels):
         right += (model(normalise(x.to(device)), task).argmax(1) == y).sum()
     model.train(training)
     return 100 * int(right) / len(labels)
-
 # ------------------------------ Backbone
 class BasicBlock(nn.Module):
     def __init__(self, inputs, outputs, stride=1, pool=False):
@@ -209,14 +200,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         # of one pixel stride 1 makes the same; torch 2.14's bf16 gradients with stride 2 are wrong on a CPU
-        one_pixel = x.shape[2:] == (1, 1)
-        y = F.conv2d(x, self.conv1.weight, padding=1) if one_pixel else self.conv1(x)
+        y = F.conv2d(x, self.conv1.weight, padding=1) if x.shape[2:] == (1, 1) else self.conv1(x)
         y = self.bn2(self.conv2(F.relu(self.bn1(y), inplace=True)))
         return F.relu(y + (x if self.downsample is None else self.downsample(self.pool(x))), inplace=True)
 
 class ResNet18(nn.Module):
-    """ResNet-18 without its classifier: images (B, 3, H, W) -> features (B, D = 8 * width). stem="7x7", width=64
-    is torchvision's, and takes its weights. stem="3x3", for 32 and 64 pixels, has pooled shortcuts."""
+    """ResNet-18 without its classifier: images (B, 3, H, W) -> features (B, D = 8 * width). stem="7x7" is
+    torchvision's, whose weights width=64 takes; stem="3x3", for 32 and 64 pixels, has pooled shortcuts."""
     def __init__(self, width=64, stem="3x3"):
         super().__init__()
         self.features = 8 * width
@@ -238,10 +228,8 @@ class ResNet18(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
-
 # ------------------------------ Optimiser
 TURNS = 5  # each filter moves in every fifth step, five times as far
-
 def orthogonalised(x):
     """About U V^T of a matrix U S V^T: three steps of Muon's Newton-Schulz iteration (Jordan et al. 2024)."""
     if x.shape[0] > x.shape[1]:
@@ -290,13 +278,12 @@ def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
         groups.append(dict(params=model.hypernetwork.parameters(), lr=hyper_lr))
     # a fused AdamW would take fp16's loss scale out of its gradients itself, and Muon's would keep it
     return Muon(groups, weight_decay=weight_decay, fused=None if model.precision == "fp16" else True)
-
 # ------------------------------ Training
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 def augment(images, pad, flip=True):
-    """A random crop of the image with `pad` reflected pixels around it, and a random mirror image, for each of
-    the square uint8 images (B, C, S, S) on its own. Runs on the images' device without waiting for it."""
+    """A random crop of each of the uint8 images (B, C, S, S) with `pad` reflected pixels around, mirrored at
+    random. Runs on the images' device without waiting for it."""
     b, _, _, s = images.shape
     reflected = s - 1 - (s - 1 - torch.arange(-pad, s + pad, device=images.device).abs()).abs()
     windows = images[:, :, reflected][..., reflected].unfold(2, s, 1).unfold(3, s, 1)  # views of all crops
@@ -308,9 +295,8 @@ def augment(images, pad, flip=True):
 
 def train_task(model, loss, images, labels, args, progress):
     """Train on the uint8 images (N, 3, H, W) and labels (N,) of one task with loss(model, images=, labels=),
-    that returns what `joint_loss` does; after each step call progress(step, steps, batch, losses (steps, 3)).
-    Under torchrun all processes draw the same batch, and each takes its share. Returns how many images it
-    was."""
+    like `joint_loss`; after each step call progress(step, steps, batch, losses (steps, 3)). Under torchrun
+    all processes draw the same batch, and each takes its share. Returns the number of images."""
     device = model.prototypes.device
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
         images = images.to(device)
@@ -352,17 +338,13 @@ def print_progress(task, args, tasks_after, start, step, steps, batch, losses):
         return
     hm, sm, sp = losses[max(0, step - 50):step].mean(0).tolist()
     seconds = (time.perf_counter() - start) / step
-    left = duration(seconds * (steps - step + steps * tasks_after))
+    left = timedelta(seconds=round(seconds * (steps - step + steps * tasks_after)))
     line = (f"task {task + 1}/{args.tasks} epoch {math.ceil(step / an_epoch)}/{args.epochs}  hm {hm:.3f} "
             f"sm {sm:.3f} sp {sp:.3f}  {batch / seconds:,.0f} img/s  {left} left")
     width = shutil.get_terminal_size().columns - 1
     print(f"\r{line[:width]:{width}}\r" if live else line, end="" if live else "\n", flush=True)
 
-def duration(seconds):
-    return str(timedelta(seconds=round(seconds)))
-
 def build(args):
-    """A fresh PAH as the options say (its tasks and classes among them)."""
     backbone = ResNet18(args.width, args.stem)
     if args.pretrained:
         from torchvision.models import ResNet18_Weights
@@ -376,7 +358,6 @@ def build(args):
                head=args.head, precision=args.precision)
 
 def loss_of_task(model, task, args):
-    """`joint_loss` for a task that is about to begin, with its teacher."""
     teacher = Teacher(model, task) if task and (args.lam or args.mu) else None
     if teacher and args.compile:
         teacher.backbone.compile()
@@ -413,9 +394,8 @@ def learn(args, seed, tasks, signature, seeds_after=0):
         if RANK == 0:
             save(folder, state, model)
         print(f"task {k + 1:>2}/{args.tasks}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
-              f"{duration(state['seconds'])}  |", *[f"{a:.1f}" for a in R[-1]], flush=True)
+              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.1f}" for a in R[-1]], flush=True)
     return state["result"]
-
 # ------------------------------ Data: uint8 tensors, sorted by class, cached in one file
 SPLITS = "train_images train_labels test_images test_labels"
 Data = namedtuple("Data", f"{SPLITS} classes signature", defaults=[""])
@@ -433,7 +413,6 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def explained(message, *errors):
-    """Turns `errors` inside into a Problem."""
     try:
         yield
     except errors as error:
@@ -492,7 +471,6 @@ def synthetic(size=16, classes=20, train=200, test=50):
     def patterns(n):
         coarse = torch.randn(n, 3, 5, 5, generator=generator)
         return F.interpolate(coarse, 2 * size, mode="bicubic", align_corners=False).clamp(-2, 2)
-
     crops, splits = patterns(classes).unfold(2, size, 1).unfold(3, size, 1), []
     for per_class in train, test:
         labels = torch.arange(classes).repeat_interleave(per_class)
@@ -510,7 +488,6 @@ def published(root, folder, *errors):
     home = root / "pah-downloads" if absent else root
     problem = f"cannot fetch {folder}: put it into {root}" if absent else f"{root / folder}: damaged; move it"
     with explained(f"{problem}, or try --dataset synthetic", *errors), contextlib.redirect_stdout(sys.stderr):
-        home.mkdir(parents=True, exist_ok=True)
         yield home, absent
 
 def read_torchvision(name, root, size):
@@ -528,8 +505,7 @@ def read_torchvision(name, root, size):
     return *splits, split.classes
 
 def read_folder(name, root, size):
-    """A folder with train/ and val/, one folder a class; or TinyImageNet, whose `val` has a list of
-    labels."""
+    """A folder with train/ and val/, one folder a class; or TinyImageNet, whose `val` has a list instead."""
     if name != "tinyimagenet":
         folder = Path(name).resolve()
         (classes, train), (others, test) = list_images(folder / "train"), list_images(folder / "val")
@@ -556,10 +532,10 @@ def list_images(folder):
     classes, files = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()), []
     for number, name in enumerate(classes):
         walk = os.walk(folder / name)  # follows links to a class, but none below it, which might lead back up
-        images = [Path(path, file) for path, _, names in walk for file in names]
-        images = [image for image in images if image.name.lower().endswith(IMG_EXTENSIONS)]
+        paths = sorted(Path(path, file) for path, _, names in walk for file in names)
+        images = [(path, number) for path in paths if path.name.lower().endswith(IMG_EXTENSIONS)]
         require(images, f"{folder / name}: no images in it")
-        files += [(image, number) for image in sorted(images)]
+        files += images
     for path, _ in files:  # not a pipe, nor a link to nowhere
         require(path.is_file(), f"{path}: {UNREADABLE}")
     return classes, files
@@ -577,7 +553,6 @@ def decode(files, size):
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).movedim(-1, 0)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
         images = torch.stack(list(pool.map(read, [path for path, _ in files])))
     return images, torch.tensor([label for _, label in files])
@@ -600,18 +575,15 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
             held_out = max(1, round(val_fraction * len(shuffled)))
             rows[c], test_rows[c] = shuffled[held_out:].sort().values, shuffled[:held_out].sort().values
         require(len(rows[c]) and len(test_rows[c]), f"{data.classes[c]!r} lacks training or test images")
-
     def pick(images, rows, members):
         labels = torch.cat([torch.full((len(rows[c]),), i) for i, c in enumerate(members)])
         index = torch.cat([rows[c] for c in members])
         if (index.diff() == 1).all():  # a view where it can be one: no second copy of a large data set
             index = slice(int(index[0]), int(index[-1]) + 1)
         return images[index], labels
-
     tests = data.train_images if val_fraction else data.test_images
     return [Task([data.classes[c] for c in members], *pick(data.train_images, rows, members),
                  *pick(tests, test_rows, members)) for members in order.view(tasks, -1).tolist()]
-
 # ------------------------------ Results: checkpoints, pictures, tables
 FORMAT = 2  # of checkpoints
 SAME_RESULT = {"out", "data", "seeds", "resume", "device", "report", "format", "bench", "compile"}
@@ -642,7 +614,6 @@ def start_or_resume(args, seed, signature, folder, last):
                  for name, value in now.items() if name not in may_differ and there.get(name) != value]
     require(not differing, f"{folder} holds another run: {'; '.join(differing)}. Give another --out")
     done = len(saved["accuracy"][-1])
-    require(args.resume or done < last, f"{folder} holds a finished run: give another --out")
     require(args.resume, f"{folder} holds {done} of {last} tasks: add --resume, or give another --out")
     if RANK == 0:
         save(folder, saved, model)  # in case that results or pictures were lost
@@ -667,7 +638,6 @@ def save(folder, state, model):
         print(f"{folder}: a picture could not be drawn ({one_line(error)})", file=sys.stderr)
 
 def draw_accuracy(path, R):
-    """The accuracy matrix as a heat map."""
     from PIL import Image, ImageDraw
     picture = Image.new("RGB", (max(280, 48 + 44 * len(R[-1])), 56 + 44 * len(R)), "white")
     draw, low, high = ImageDraw.Draw(picture), min(map(min, R)), max(map(max, R))
@@ -682,7 +652,6 @@ def draw_accuracy(path, R):
     picture.save(path, format="PNG")
 
 def summary(state, model, complete):
-    """What results.json holds."""
     R, joint, device = state["accuracy"], state["args"]["joint"], model.prototypes.device
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     sizes |= {"prototypes": model.prototypes.numel(), "prototypes_per_task": model.prototypes[0].numel()}
@@ -692,7 +661,7 @@ def summary(state, model, complete):
         "LA": None if joint else learning_accuracy(R), "seconds": state["seconds"],
         "images_per_second": state["images"] / state["training_seconds"], "parameters": sizes,
         "peak_memory_bytes": peak_memory(device), "processes": WORLD, "complete": complete,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu {torch.get_num_threads()}",
         "versions": {"python": sys.version[:6], "torch": str(torch.__version__), "numpy": np.__version__}}
 
 def peak_memory(device):
@@ -704,8 +673,6 @@ def peak_memory(device):
     return 0
 
 def mean_std(values):
-    if None in values:
-        return "-"
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 # Table 1 of the paper, which took its rows from other papers: AA and FM on Split-CIFAR100 and TinyImageNet.
@@ -722,9 +689,8 @@ PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 """.strip().splitlines()
 
 def report(folder, style="text"):
-    """Print a table of all finished runs below `folder`: a row a setting, named by its options that are not
-    the default; mean ± standard deviation over seeds. Above them what the paper reports on their data
-    sets."""
+    """Print a table of all finished runs below `folder`: a row a setting, named by options that are not the
+    default, mean ± deviation over seeds; above them what the paper reports on their data sets."""
     settings = {}
     for path in sorted(Path(folder).rglob("results.json")):
         try:
@@ -746,8 +712,8 @@ def report(folder, style="text"):
             rows.append([f"{dataset}: {cells[0]} (reported)", "-", *cells[column:column + 2], "-", "-", "-"])
     for setting, seeds in settings.items():
         *metrics, seconds = zip(*seeds.values())
-        each = *map(mean_std, metrics), " ".join(map(str, seeds)), duration(np.mean(seconds))
-        rows.append([*setting, *each])
+        numbers, cells = " ".join(map(str, seeds)), ["-" if None in m else mean_std(m) for m in metrics]
+        rows.append([*setting, *cells, numbers, str(timedelta(seconds=round(np.mean(seconds))))])
     if style == "latex":
         special = {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "±": r"$\pm$"}
         special = str.maketrans(special | {c: "\\" + c for c in "&%$#_{}"})
@@ -759,7 +725,6 @@ def report(folder, style="text"):
     left, gap, right = borders[style]
     for row in rows:
         print((left + gap.join(map(str.ljust, row, widths)) + right).rstrip())
-
 # ------------------------------ Speed
 def bench(args, task):
     """Print the time of a training step at several tasks, and of a run. Any `task` will do."""
@@ -771,7 +736,6 @@ def bench(args, task):
     def tick(step, steps, batch, losses):
         losses[step - 1].tolist()  # waits for a GPU
         ticks.append(time.perf_counter())
-
     for k in sorted({0, min(1, K - 1), (K - 1) // 2, K - 1}):
         ticks.clear()
         short = argparse.Namespace(**vars(args) | {"epochs": 20})
@@ -781,22 +745,19 @@ def bench(args, task):
     steps = len(task.train_images) // batch * args.epochs + (K + 1) / 2 * len(task.test_images) / batch / 4
     whole = steps * sum(np.interp(range(K), list(seconds), list(seconds.values())))
     print(f"peak memory: {peak_memory(model.prototypes.device) / 2**30:.2f} GiB\n"
-          f"predicted: {duration(whole)} for {K} tasks of {args.epochs} epochs, a seed")
-
+          f"predicted: {timedelta(seconds=round(whole))} for {K} tasks of {args.epochs} epochs, a seed")
 # ------------------------------ Command line
 DEFAULTS = {"mnist": dict(tasks=5, epochs=2, width=16, augment="crop"),  # easy images: this suffices
             "synthetic": dict(tasks=5, epochs=8, width=16, lr=0.01)}
 
 def number(kind, low, high):
-    def parse(text):
+    def number(text):  # argparse says this name where `kind` fails
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return kind(text)
-    parse.__name__ = kind.__name__  # argparse says it where `kind` fails
-    return parse
+    return number
 
 def make_parser(dataset="cifar100", optimizer="muon"):
-    """The command line, with the defaults that go with a data set and an optimiser."""
     count, rate = number(int, 1, 100_000), number(float, 1e-12, 1000)
     weight, part = number(float, 0, 1000), number(float, 0, 0.9)
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -830,7 +791,7 @@ def make_parser(dataset="cifar100", optimizer="muon"):
     add("--weight-decay", type=weight, default=0.005, help="of filters, hypernetwork and stored heads")
     add("--augment", choices=("crop-flip", "crop", "none"), default="crop-flip", help="(mnist: crop)")
     add("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one after the other")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the backbone")
     add("--compile", action="store_true", help="torch.compile the backbone")
     add("--out", help="default: runs/<dataset>-<tasks>-<options that are not the default>")
@@ -846,8 +807,8 @@ def options_named(args):
     default = make_parser(args["dataset"], args["optimizer"]).get_default
     unsaid = SAME_RESULT | {"dataset", "tasks", "precision", "classes"}
     given = {name: value for name, value in args.items() if name not in unsaid and value != default(name)}
-    flags = {"--" + name.replace("_", "-"): value for name, value in given.items()}
-    return [name if value is True else f"{name} {value}" for name, value in flags.items()]
+    names = ["--" + name.replace("_", "-") for name in given]
+    return [name if value is True else f"{name} {value}" for name, value in zip(names, given.values())]
 
 def parse_args(argv=None):
     given = make_parser().parse_known_args(argv)[0]
@@ -856,10 +817,8 @@ def parse_args(argv=None):
     name = f"{Path(args.dataset).resolve().name}-{args.tasks}" + "".join(options_named(vars(args)))
     args.out = args.out or "runs/" + name.replace("--", "-").replace(" ", "-")[:200]
     args.seeds = list(dict.fromkeys(args.seeds))
-    there = torch.cuda.is_available()
-    require(there or args.device != "cuda", "--device cuda: there is none; try --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if there else "cpu"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none here")
     if args.precision == "auto":
         on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
         bf16 = torch.cuda.is_bf16_supported() if args.device == "cuda" else on_cpu()
@@ -883,10 +842,8 @@ def locked(folder):
     return handle
 
 def run(args):
-    """All seeds of one setting."""
-    if WORLD > 1 and args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if WORLD > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if args.device == "cuda" else None
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data, results = load_dataset(args.dataset, args.data, args.image_size), []
     for i, seed in enumerate(args.seeds):
@@ -896,13 +853,12 @@ def run(args):
         if args.bench:
             return bench(args, tasks[0])
         folder = Path(args.out) / f"seed{seed}"
-        print(f"{args.dataset}: {args.tasks} tasks of {args.classes} classes, {args.device}, {args.precision}, "
-              f"to {folder}", flush=True)
+        print(f"{args.tasks} tasks of {args.classes} classes, {args.device}, {args.precision}: {folder}")
         with contextlib.nullcontext() if RANK else locked(folder):
             result = learn(args, seed, tasks, data.signature, seeds_after=len(args.seeds) - 1 - i)
         results.append({key: result[key] for key in ("AA", "FM", "BWT", "LA") if result[key] is not None})
-        print(*[f"{key} {value:.2f} " for key, value in results[-1].items()], duration(result["seconds"]),
-              f" {result['images_per_second']:,.0f} images/s  {result['peak_memory_bytes'] / 2**30:.1f} GiB")
+        print(*[f"{key} {value:.2f} " for key, value in results[-1].items()],
+              f"{timedelta(seconds=round(result['seconds']))}  {result['images_per_second']:,.0f} images/s")
     if len(results) > 1:
         spread = [f"{key} {mean_std([metrics[key] for metrics in results])}" for key in results[0]]
         print(len(results), "seeds:", ", ".join(spread))
@@ -927,10 +883,10 @@ def main(argv=None):
         return 130
     except (Problem, OSError, MemoryError, RuntimeError) as error:
         message = str(error) if isinstance(error, Problem) else one_line(error)
-        if isinstance(error, MemoryError) or "memory" in message:
-            message = f"out of memory ({message}); try a smaller --batch-size or --width"
-        elif isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and "memory" not in message:
             raise
+        if isinstance(error, (MemoryError, RuntimeError)):
+            message = f"out of memory ({message}); try a smaller --batch-size or --width"
         if isinstance(error, BrokenPipeError):  # its reader is gone; Python would flush it once more
             sys.stdout = open(os.devnull, "w")
         print(f"pah.py: {f'process {RANK}: ' if RANK else ''}{message}", file=sys.stderr)

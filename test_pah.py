@@ -42,7 +42,6 @@ def softened_kl(new, old, T):
     """KL(old || new) T^2, written out."""
     p, q = (old / T).softmax(-1), (new / T).softmax(-1)
     return T * T * (p * (p.log() - q.log())).sum(-1)
-
 # ------------------------------ model
 def test_normalise():
     x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
@@ -65,11 +64,6 @@ def test_shapes_and_equations_1_to_3():
     W = model.hypernetwork(e)  # Eq. 2
     torch.testing.assert_close(model.heads(4)[2], W)
     torch.testing.assert_close(model(x, 2), model.backbone(x) @ W.T)  # Eq. 1
-
-def test_any_backbone():
-    backbone = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(1), nn.Linear(12, 7))
-    model = PAH(backbone, tasks=2, classes=3, features=7, proto_size=8)
-    assert model(torch.randn(4, 3, 8, 8), 1).shape == (4, 3)
 
 def test_semantic_and_random_prototypes():
     torch.manual_seed(0)
@@ -108,7 +102,6 @@ def test_bf16_stays_close_and_the_teacher_is_rounded_once():
     close = pah.joint_loss(model, teacher, x, y, 3)[1]
     assert set(seen) == {torch.bfloat16} and model(x, 1).dtype == close.dtype == torch.float32
     torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02)
-
 # ------------------------------ losses
 def test_values_of_the_three_losses():
     model, teacher, x, y = pair()
@@ -190,7 +183,6 @@ def test_l_sp_of_drawn_tasks_is_unbiased():
     each = {round(pah.soft_loss_prototypes(model, teacher, drawn=1).item(), 6) for _ in range(40)}
     assert len(each) == 3 and abs(sum(each) / 3 - exact) < 1e-4 * exact  # each task stands for all three
     assert pah.soft_loss_prototypes(model, teacher, drawn=3) == exact
-
 # ------------------------------ metrics
 def test_metrics_by_hand():
     R = [[90.0], [80.0, 70.0], [85.0, 60.0, 50.0]]
@@ -211,7 +203,6 @@ def test_evaluate():
     wrong = torch.cat([want[:5], (want[5:] + 1) % C])
     assert pah.evaluate(model.eval(), 2, images, wrong) == pytest.approx(500 / 7) and not model.training
     assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
-
 # ------------------------------ backbone
 def test_backbone_is_torchvisions():
     from torchvision.models import resnet18
@@ -241,12 +232,11 @@ def test_a_block_of_one_pixel():
     torch.testing.assert_close(F.conv2d(x, block.conv1.weight, padding=1), block.conv1(x))
     for _ in range(8):
         gradients = []
-        for precision in "fp32", "bf16":
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        for bf16 in False, True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = (block(x).float() * torch.arange(16)[:, None, None]).sum()
             gradients.append(torch.autograd.grad(loss, block.conv1.weight)[0])
         assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
-
 # ------------------------------ optimiser
 def test_orthogonalised():
     torch.manual_seed(0)
@@ -314,7 +304,6 @@ def test_a_frozen_backbone_is_left_alone():
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before.get_parameter(name)) == name.startswith("backbone"), name
-
 # ------------------------------ training
 def test_augmentation():
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8).repeat(200, 1, 1, 1)
@@ -368,13 +357,11 @@ def test_earlier_data_is_never_read_again(tmp_path, monkeypatch):
     """Once a task is trained its images and labels are overwritten; every weight ends up the same."""
     run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path / "a")
     train_task = pah.train_task
-
     def train_and_destroy(model, loss, images, labels, *rest):
         trained = train_task(model, loss, images, labels, *rest)
         assert images.any()
         images.zero_(), labels.zero_()
         return trained
-
     monkeypatch.setattr(pah, "train_task", train_and_destroy)
     run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path / "b")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -416,12 +403,10 @@ def test_compile_makes_no_graph_after_the_second_task(tmp_path, monkeypatch):
     """With a backend that needs no C++ compiler; and every loss is as without it, within rounding."""
     import torch._dynamo.utils
     compile_module, joint_loss, graphs, losses = nn.Module.compile, pah.joint_loss, [], {}
-
     def noted(*args, **kwargs):
         loss = joint_loss(*args, **kwargs)
         losses.setdefault(name, []).append(loss[1])
         return loss
-
     monkeypatch.setattr(pah, "joint_loss", noted)
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     evaluate = pah.evaluate
@@ -438,76 +423,36 @@ def test_compile_makes_no_graph_after_the_second_task(tmp_path, monkeypatch):
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, capsys, monkeypatch):
     """The last step of task 2 breaks them, after its loss was computed."""
     step, calls = pah.Muon.step, []
-
     def breaking(self, *args):
         step(self, *args)
         calls.append(1)
         if len(calls) == 32:
             self.param_groups[0]["params"][0].data[0] = float("nan")
-
     monkeypatch.setattr(pah.Muon, "step", breaking)
     err = fails(capsys, *TINY_RUN, "--out", tmp_path)  # 16 steps a task
     assert "epoch 1" in err and "--lr" in err
     assert len(results(tmp_path)["accuracy"]) == 1 and not results(tmp_path)["complete"]
     assert all(v.isfinite().all() for v in weights(tmp_path).values())
 
-def test_ctrl_c_leaves_the_finished_tasks(tmp_path, capsys, monkeypatch):
-    evaluate, calls = pah.evaluate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(pah, "evaluate", interrupted)
-    run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path, code=130)
-    assert "--resume" in capsys.readouterr().err and not results(tmp_path)["complete"]
-    monkeypatch.setattr(pah, "evaluate", evaluate)
-    run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path, "--resume")
-    run_main(*TINY_RUN, "--stop-after", 3, "--out", tmp_path / "whole")
-    assert results(tmp_path)["complete"] and same(weights(tmp_path), weights(tmp_path / "whole"))
-
+def test_ctrl_c(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pah, "evaluate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    run_main(*TINY_RUN, "--out", tmp_path, code=130)
+    assert "--resume" in capsys.readouterr().err
 # ------------------------------ torchrun
-TORCHRUN = """
-import json, sys
-import torch
-import pah
-
-torch.nn.BatchNorm2d = lambda channels: torch.nn.GroupNorm(1, channels)  # BatchNorm is synchronised on GPUs only
-joint_loss, losses = pah.joint_loss, []
-
-def recorded(*args, **kwargs):
-    loss, parts = joint_loss(*args, **kwargs)
-    mean = parts / pah.WORLD
-    if pah.WORLD > 1:
-        torch.distributed.all_reduce(mean)
-    losses.append(mean.tolist())
-    return loss, parts
-
-pah.joint_loss = recorded
-code = pah.main([*sys.argv[2:], "--out", sys.argv[1]])
-if pah.RANK == 0:
-    json.dump(losses, open(sys.argv[1] + ".json", "w"))
-sys.exit(code)
-"""
-
 def test_torchrun_is_the_same_run(tmp_path):
-    """Two processes on the CPU share each batch: the losses of one process, and the same answers."""
-    (tmp_path / "script.py").write_text(TORCHRUN)
+    """Two processes on the CPU share each batch, and end with the weights of one. (BatchNorm is synchronised on GPUs only.)"""
+    (tmp_path / "script.py").write_text("import sys, torch, pah\n"
+        "torch.nn.BatchNorm2d = lambda channels: torch.nn.GroupNorm(1, channels)\nsys.exit(pah.main())")
     runs = []
     for out, launch in ("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        command = [*launch, tmp_path / "script.py", tmp_path / out, *TINY_RUN, "--stop-after", "2", "--lr", "0.002"]
-        runs.append(subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, env=os.environ | {
-            "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}))
+        command = [sys.executable, *launch, tmp_path / "script.py", *TINY_RUN, "--stop-after", "2", "--lr", "0.002"]
+        env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        runs.append(subprocess.Popen([*command, "--out", tmp_path / out], text=True, stdout=subprocess.PIPE, env=env))
     for process in runs:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0 and said.count("task  2/5") == 1  # one of them prints
-    one, two = (torch.tensor(json.loads((tmp_path / f"{out}.json").read_text())) for out in ("one", "two"))
-    assert len(one) == len(two) == 32
-    torch.testing.assert_close(two[:4], one[:4], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(two, one, rtol=0.02, atol=0.02)  # rounding grows
-    assert abs(results(tmp_path / "one")["AA"] - results(tmp_path / "two")["AA"]) < 5
+    for (name, one), two in zip(weights(tmp_path / "one").items(), weights(tmp_path / "two").values()):
+        torch.testing.assert_close(two, one, rtol=0.01, atol=0.005, msg=name)
     assert results(tmp_path / "two")["processes"] == 2
 
 def test_torchrun_shares_evenly(monkeypatch, tmp_path, capsys):
@@ -519,7 +464,6 @@ def test_torchrun_shares_evenly(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pah, "WORLD", 500)
     assert "has 800 images" in fails(capsys, "--dataset", "synthetic", "--batch-size", 1000, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
-
 # ------------------------------ data
 def counted_data(classes=6, per_class=10):
     """Every image says which it is: its first pixel is its class, its second its number."""
@@ -554,13 +498,6 @@ def test_validation_split_is_training_images_only():
         assert len(train) == 24 and len(held_out) == 6 and not train & held_out
         assert max(train | held_out) < 100  # test images would be 100 and more
         assert torch.bincount(task.test_labels).tolist() == [2, 2, 2]
-
-def test_synthetic_is_the_same_everywhere():
-    data = load_dataset("synthetic")
-    assert data.train_images.shape == (4000, 3, 16, 16) and data.test_images.shape == (1000, 3, 16, 16)
-    assert torch.equal(data.train_images, load_dataset("synthetic").train_images)
-    assert torch.bincount(data.test_labels).tolist() == [50] * 20
-    assert load_dataset("synthetic", image_size=24).train_images.shape[-1] == 24
 
 def fake_cifar100(root, monkeypatch):
     """The published layout: three pickles whose MD5 sums torchvision checks."""
@@ -656,7 +593,6 @@ def test_folder_and_its_cache(folder, tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
-
     root = tmp_path / "data"
     data = load_dataset(str(folder), root, 16)
     assert data.classes == ["cat", "dög"] and data.train_images.shape == (8, 3, 16, 16)
@@ -736,10 +672,8 @@ def test_bad_folders(break_it, says, folder, tmp_path, capsys):
 def test_no_network(tmp_path, capsys, monkeypatch):
     import urllib.error
     import urllib.request
-
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
-
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     for dataset, place in ("cifar100", "cifar-100-python"), ("tinyimagenet", "tiny-imagenet-200"), ("mnist", "MNIST"):
         run_main("--dataset", dataset, "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
@@ -767,7 +701,6 @@ def test_processes_build_one_cache_each(folder, tmp_path):
     processes = [subprocess.Popen(command, cwd=HERE) for _ in "123"]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert len(list((tmp_path / "data").iterdir())) == 1
-
 # ------------------------------ results
 def test_results_and_files(learned):
     r, folder = results(learned), learned / "seed0"
@@ -839,7 +772,7 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
     out, checkpoint = tmp_path / "o", tmp_path / "o/seed0/checkpoint.pt"
     tiny = [*TINY_RUN, "--out", out]
     run_main(*tiny, "--stop-after", 1)
-    assert "finished" in fails(capsys, *tiny, "--stop-after", 1)
+    assert "1 of 1 tasks: add --resume" in fails(capsys, *tiny, "--stop-after", 1)
     assert "1 of 2 tasks: add --resume" in fails(capsys, *tiny, "--stop-after", 2)
     line = fails(capsys, *tiny, "--lam", 0, "--lr", 0.1)  # the differing options come first, with or without --resume
     assert "another run: --lam 1.0 there, 0.0 now; --lr 0.01 there, 0.1 now" in line
@@ -858,11 +791,9 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
     run_main(*tiny, "--stop-after", 1, "--resume")
     assert results(out)["complete"]
     whole, saved = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
-
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
-
     model, name = saved["model"], "backbone.conv1.weight"
     for bad in (whole[:len(whole) // 2], b"", b"garbage", {"something": "else"}, {"format": 2, "args": Evil()},
                 saved | {"format": 1}, saved | {"model": model | {name: model[name][:1]}}, saved | {"accuracy": []},
@@ -881,14 +812,11 @@ synthetic = pah.synthetic
 def test_a_picture_that_fails_and_a_folder_that_vanishes(tmp_path, capsys, monkeypatch):
     def failing(path, R):
         raise ImportError("The _imagingft C module is not installed")
-
     train_task = pah.train_task
-
     def train_and_remove(*args):
         trained = train_task(*args)
         shutil.rmtree(tmp_path / "o")
         return trained
-
     monkeypatch.setattr(pah, "draw_accuracy", failing)
     monkeypatch.setattr(pah, "train_task", train_and_remove)
     run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path / "o")
@@ -902,7 +830,6 @@ def test_report(tmp_path, capsys):
         args = vars(pah.parse_args(["--dataset", "synthetic"])) | {"out": name, "seeds": [seed]} | options
         r = dict(args=args, seed=seed, AA=AA, FM=FM, LA=AA + 1, seconds=61, complete=complete)
         (folder / "results.json").write_text(json.dumps(r))
-
     leave("a", 0, 80.0, 1.0), leave("a", 1, 82.0, 3.0), leave("b", 0, 40.0, 50.0, lam=0.0)
     leave("c", 0, 90.0, None, joint=True), leave("d", 0, 1.0, 1.0, complete=False)
     leave("f", 0, 80.0, 1.0)  # seed 0 of the first setting once more: no third seed
@@ -936,7 +863,6 @@ def test_accuracy_picture_shows_the_numbers(tmp_path):
     assert corner(0, 0) < corner(1, 1) < corner(1, 0) <= corner(0, 1) == 3 * 255  # darker is higher
     for R in [[30.0]], [[float(i + j) for j in range(i + 1)] for i in range(20)], [[0.0], [0.0, 100.0]], [[1.0, 2.0]]:
         pah.draw_accuracy(tmp_path / "a.png", R)
-
 # ------------------------------ command line
 def test_bench(capsys):
     run_main("--dataset", "synthetic", "--width", 4, "--bench", "--sp-tasks", 1)
@@ -952,7 +878,6 @@ def test_run_all(tmp_path):
 case "$*" in
   *device_count*) echo 0 ;;
   *--bench*) echo "predicted: 1:02:03 for 5 tasks of 8 epochs, a seed" ;;
-  *"$FAIL"*) echo "pah.py: no luck" >&2; exit 2 ;;
   *) echo "$*" >>{tmp_path}/calls; echo "AA 50.00" ;;
 esac
 """)
@@ -961,16 +886,12 @@ esac
     script.write_text((HERE / "run_all.sh").read_text())
     for flags, count in (["--quick"], 18), (["--epochs", "3"], 28):
         done = subprocess.run(["bash", script, *flags], capture_output=True, text=True,
-                              env=os.environ | {"PYTHON": str(stub), "FAIL": "nothing"})
+                              env=os.environ | {"PYTHON": str(stub)})
         assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
         calls = (tmp_path / "calls").read_text().splitlines()
         (tmp_path / "calls").unlink()
         settings = {json.dumps(vars(pah.parse_args(call.split()[1:])), sort_keys=True) for call in calls}
         assert len(settings) == len(calls) == count + 1 and "--report" in calls[-1]
-    done = subprocess.run(["bash", script, "--quick"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHON": str(stub), "FAIL": "--mu 0.5"})
-    assert done.returncode == 1 and "synthetic-5-mu0.5 failed: pah.py: no luck" in done.stdout
-    assert len((tmp_path / "calls").read_text().splitlines()) == 18  # all others, and the report
 
 def test_default_output_folder_and_data_set_names():
     out = lambda *flags: pah.parse_args([*flags, "--device", "cpu"]).out
@@ -983,7 +904,7 @@ def test_default_output_folder_and_data_set_names():
 @pytest.mark.parametrize("flags, says", [
     ("--dataset nowhere", "nowhere: no folder train/"), ("--dataset synthetic --tasks 3", "do not divide"),
     ("--tasks 0", "--tasks: 0 is not"), ("--tasks 2.5", "--tasks"), ("--epochs nan", "--epochs"),
-    ("--batch-size 1", "--batch-size"), ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--lr x", "--lr: invalid float"),
+    ("--batch-size 1", "--batch-size"), ("--lr 0", "--lr"), ("--lr nan", "--lr"), ("--lr x", "--lr: invalid number"),
     ("--lam -0.1", "--lam"), ("--mu inf", "--mu"), ("--optimizer sgd", "--optimizer"), ("--report nowhere", "nowhere"),
     ("--image-size 4", "--image-size"), ("--val-fraction 1", "--val-fraction"), ("--seeds", "--seeds"),
     ("--stop-after 11", "--stop-after 11"), ("--pretrained", "--pretrained"), ("--unknown 1", "--unknown"),
@@ -994,12 +915,6 @@ def test_bad_flags(flags, says, capsys, tmp_path):
         pytest.skip("has CUDA")
     assert says in fails(capsys, *flags.split(), "--data", tmp_path / "d", "--out", tmp_path / "o")
     assert not list(tmp_path.iterdir())
-
-@pytest.mark.parametrize("there, precision", [(True, "bf16"), (False, "fp32")])
-def test_precision_follows_the_processor(there, precision, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there, raising=False)
-    assert pah.parse_args(["--device", "cpu"]).precision == precision
-    assert pah.parse_args(["--device", "cpu", "--precision", "fp32"]).precision == "fp32"
 
 def test_out_of_memory_and_other_errors(capsys, monkeypatch, tmp_path):
     for error in RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError("", 7), \
@@ -1016,15 +931,6 @@ def test_standard_output_that_is_closed_or_poor(learned):
         done = subprocess.run(["bash", "-c", f"{command} {how}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
                               env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
-
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept():
-    """Twenty tensors of 64 MB one after the other: without it each of their 16,384 pages is fetched again."""
-    code = ("import resource, torch, pah; pah.main(['--report', 'nowhere']); torch.ones(1 << 24)\n"
-            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "before = faults(); [torch.ones(1 << 24).shape for _ in range(20)]; print(faults() - before)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert int(done.stdout) < 5 * 16_384, done.stderr
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -1047,7 +953,6 @@ def test_a_step_does_not_wait_for_the_gpu():
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
 # ------------------------------ README
 README = (HERE / "README.md").read_text()
 
