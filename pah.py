@@ -647,7 +647,7 @@ def draw_accuracy(path, R):
         draw.text((20, 69 + 44 * i), str(i + 1), "black", font_size=12, anchor="mm")
         for j, a in enumerate(row):
             x, y, share = 40 + 44 * j, 48 + 44 * i, (a - low) / max(high - low, 1)
-            draw.rectangle((x, y, x + 42, y + 42), (255 - round(240 * share), 255 - round(180 * share), 255))
+            draw.rectangle((x, y, x + 42, y + 42), (255 - round(150 * share), 255 - round(90 * share), 255))
             draw.text((x + 21, y + 21), f"{a:.1f}", "black", font_size=13, anchor="mm")
     picture.save(path, format="PNG")
 

@@ -1,24 +1,19 @@
-"""Tests of pah.py, in its order: no network, no GPU, no published data; under three minutes on two cores. CUDA tests
-run where there is CUDA."""
-import copy, hashlib, io, json, os, pickle, shutil, signal, struct, subprocess, sys, time, zlib
+"""Tests of pah.py, in its order: no network and no published data; CUDA tests run where there is CUDA."""
+import copy, hashlib, io, json, os, pickle, shutil, signal, struct, subprocess, sys, time
 from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-
 import pah
 from pah import PAH, Data, Hypernetwork, Problem, ResNet18, Teacher, load_checkpoint, load_dataset, split_tasks
-
 HERE = Path(pah.__file__).parent
 K, C = 4, 3
 SHORT_RUN = ["--dataset", "synthetic", "--width", "8", "--epochs", "5", "--lr", "0.02", "--precision", "fp32"]
 TINY_RUN = ["--dataset", "synthetic", "--width", "4", "--epochs", "1", "--hidden", "8", "--batch-size", "50",
             "--precision", "fp32"]
-
 def fill(model):
     """Give every prototype a value, as if all tasks had begun, and BatchNorm statistics that matter."""
     torch.manual_seed(1)
@@ -29,7 +24,6 @@ def fill(model):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
     return model
-
 def pair(**options):
     """A student in training, its teacher of three earlier tasks (with other weights), and a batch of task 3."""
     torch.manual_seed(0)
@@ -37,17 +31,11 @@ def pair(**options):
     old = fill(PAH(ResNet18(4), **options))
     model = fill(PAH(ResNet18(4), **options)).train()
     return model, Teacher(old, 3), torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
-
 def softened_kl(new, old, T):
     """KL(old || new) T^2, written out."""
     p, q = (old / T).softmax(-1), (new / T).softmax(-1)
     return T * T * (p * (p.log() - q.log())).sum(-1)
-# ------------------------------ model
-def test_normalise():
-    x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    from torchvision.transforms.v2.functional import normalize, to_dtype
-    torch.testing.assert_close(pah.normalise(x), normalize(to_dtype(x, torch.float32, scale=True), pah.MEAN, pah.STD))
-
+# ------------------------------ the method
 def test_heads_start_at_the_scale_of_a_linear_layer():
     torch.manual_seed(0)
     hypernetwork, embeddings = Hypernetwork(3000, 10, 512, 64), torch.randn(50, 3000)
@@ -64,6 +52,9 @@ def test_shapes_and_equations_1_to_3():
     W = model.hypernetwork(e)  # Eq. 2
     torch.testing.assert_close(model.heads(4)[2], W)
     torch.testing.assert_close(model(x, 2), model.backbone(x) @ W.T)  # Eq. 1
+    white, black = (pah.normalise(torch.full((3, 1, 1), value, dtype=torch.uint8)).flatten() for value in (255, 0))
+    torch.testing.assert_close(1 / (white - black), torch.tensor(pah.STD))
+    torch.testing.assert_close(black / (black - white), torch.tensor(pah.MEAN))
 
 def test_semantic_and_random_prototypes():
     torch.manual_seed(0)
@@ -75,9 +66,6 @@ def test_semantic_and_random_prototypes():
     for c in range(4):  # it is one of the class's training images, and none of the others'
         distance = (small - model.prototypes[1, c]).abs().amax((1, 2, 3))
         assert (distance < 1e-5).any() and (task.train_labels[distance < 1e-5] == c).all()
-    before = model.prototypes[1].clone()
-    model.begin_task(1, task.train_images, task.train_labels)
-    assert not torch.equal(before, model.prototypes[1])  # drawn at random
     model.begin_task(2, task.train_images, task.train_labels, init="random")
     assert abs(model.prototypes[2].mean()) < 0.1 and abs(model.prototypes[2].std() - 1) < 0.1
 
@@ -102,13 +90,12 @@ def test_bf16_stays_close_and_the_teacher_is_rounded_once():
     close = pah.joint_loss(model, teacher, x, y, 3)[1]
     assert set(seen) == {torch.bfloat16} and model(x, 1).dtype == close.dtype == torch.float32
     torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02)
-# ------------------------------ losses
+
 def test_values_of_the_three_losses():
     model, teacher, x, y = pair()
     torch.manual_seed(0)
     old_model = fill(PAH(ResNet18(4), K, C, proto_size=6, hidden=8)).eval()
-    T = 3.0
-    loss, (hm, sm, sp) = pah.joint_loss(model, teacher, x, y, 3, lam=0.7, mu=0.3, temperature=T)
+    loss, (hm, sm, sp) = pah.joint_loss(model, teacher, x, y, 3, lam=0.7, mu=0.3, temperature=3.0)
     model, *_ = pair()  # the pass above has moved the running statistics
     features = copy.deepcopy(model).backbone(x)  # in training mode, batch statistics
     log_p = (features @ model.heads(4)[3].T).log_softmax(1)
@@ -117,12 +104,12 @@ def test_values_of_the_three_losses():
     for i in range(3):
         old = old_model(x, i)
         new = features @ model.hypernetwork(model.prototypes[i].flatten()).T
-        want_sm += softened_kl(new, old, T).mean()
+        want_sm += softened_kl(new, old, 3.0).mean()
     model.backbone(x)  # L_sp sees the running statistics after the batch
     model.eval()
     for i in range(3):
         p = model.prototypes[i]
-        want_sp += softened_kl(model(p, i), old_model(p, i), T).mean()
+        want_sp += softened_kl(model(p, i), old_model(p, i), 3.0).mean()
     for ours, want in (hm, want_hm), (sm, want_sm), (sp, want_sp), (loss, want_hm + 0.7 * want_sm + 0.3 * want_sp):
         torch.testing.assert_close(ours.detach(), want.detach(), rtol=1e-4, atol=1e-6)
     assert want_sm > 0.01 and want_sp > 0.01
@@ -183,7 +170,7 @@ def test_l_sp_of_drawn_tasks_is_unbiased():
     each = {round(pah.soft_loss_prototypes(model, teacher, drawn=1).item(), 6) for _ in range(40)}
     assert len(each) == 3 and abs(sum(each) / 3 - exact) < 1e-4 * exact  # each task stands for all three
     assert pah.soft_loss_prototypes(model, teacher, drawn=3) == exact
-# ------------------------------ metrics
+
 def test_metrics_by_hand():
     R = [[90.0], [80.0, 70.0], [85.0, 60.0, 50.0]]
     assert pah.average_accuracy(R) == 65 and pah.learning_accuracy(R) == 70
@@ -203,7 +190,7 @@ def test_evaluate():
     wrong = torch.cat([want[:5], (want[5:] + 1) % C])
     assert pah.evaluate(model.eval(), 2, images, wrong) == pytest.approx(500 / 7) and not model.training
     assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
-# ------------------------------ backbone
+
 def test_backbone_is_torchvisions():
     from torchvision.models import resnet18
     theirs, ours = resnet18(), ResNet18(64, "7x7")
@@ -230,13 +217,12 @@ def test_a_block_of_one_pixel():
     block = pah.BasicBlock(8, 16, 2)
     x = torch.randn(32, 8, 1, 1)
     torch.testing.assert_close(F.conv2d(x, block.conv1.weight, padding=1), block.conv1(x))
-    for _ in range(8):
-        gradients = []
-        for bf16 in False, True:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = (block(x).float() * torch.arange(16)[:, None, None]).sum()
-            gradients.append(torch.autograd.grad(loss, block.conv1.weight)[0])
-        assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
+    gradients = []
+    for bf16 in [False] + 8 * [True]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = (block(x).float() * torch.arange(16)[:, None, None]).sum()
+        gradients.append(torch.autograd.grad(loss, block.conv1.weight)[0])
+        assert (gradients[-1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 # ------------------------------ optimiser
 def test_orthogonalised():
     torch.manual_seed(0)
@@ -249,41 +235,29 @@ def test_orthogonalised():
     assert not pah.orthogonalised(torch.zeros(4, 6)).any()
 
 def test_muon_moves_filters_and_adamw_the_rest():
-    """Six steps with the same gradients: each filter moves in its turn, five times as far, along the orthogonalised
+    """Six steps of random gradients: each filter moves in its turn, five times as far, along its orthogonalised Nesterov
     momentum; all else as AdamW would have it."""
-    model, teacher, x, y = pair()
-    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    model, _, _, _ = pair()
     expected = copy.deepcopy(model)
-    adamw = torch.optim.AdamW([dict(params=[p for p in expected.backbone.parameters() if p.ndim == 1], lr=0.002,
-                                    weight_decay=0),
-                               dict(params=expected.hypernetwork.parameters(), lr=1e-4, weight_decay=0.1),
-                               dict(params=[expected.prototypes], lr=1e-3, weight_decay=0)])
-    pah.joint_loss(expected, teacher, x, y, 3)[0].backward()
-    filters = [name for name, p in model.named_parameters() if name.startswith("backbone") and p.ndim > 1]
+    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
+    norms = [p for p in expected.backbone.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW([dict(params=norms, lr=0.002, weight_decay=0), dict(params=[expected.prototypes], lr=1e-3,
+        weight_decay=0), dict(params=expected.hypernetwork.parameters(), lr=1e-4, weight_decay=0.1)])
+    filters = [p for p in expected.backbone.parameters() if p.ndim > 1]
+    momenta = [torch.zeros_like(p).flatten(1) for p in filters]
     for turn in 0, 1, 2, 3, 4, 0:
         for p, like in zip(model.parameters(), expected.parameters()):
+            like.grad = torch.randn_like(p)
             p.grad = like.grad.clone()
         optimizer.step(), adamw.step()
-        with torch.no_grad():
-            for name in filters[turn::5]:
-                p = expected.get_parameter(name)
-                g = p.grad.flatten(1)  # the momentum of equal gradients has their direction
-                step = pah.orthogonalised(g) * 5 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
-                p.mul_(1 - 5 * 0.02 * 0.1).sub_(step.view_as(p))
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p, expected.get_parameter(name), rtol=1e-3, atol=1e-4)
-
-def test_muon_has_nesterov_momentum():
-    torch.manual_seed(0)
-    p = nn.Parameter(torch.zeros(4, 6, 1, 1))
-    optimizer = pah.Muon([dict(params=[p], lr=1.0, weight_decay=0, muon=torch.float32)])
-    momentum = torch.zeros(4, 6)
-    for i, g in enumerate(torch.randn(6, 4, 6)):
-        before, p.grad = p.detach().clone(), g.view_as(p).clone()
-        optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * g
-        want = 5 * pah.orthogonalised(0.05 * g + 0.95 * momentum) if i % 5 == 0 else torch.zeros_like(g)
-        torch.testing.assert_close(before - p.detach(), want.view_as(p), rtol=1e-3, atol=1e-4)
+        for i, (p, momentum) in enumerate(zip(filters, momenta)):
+            g = p.grad.flatten(1)
+            momentum.mul_(0.95).add_(0.05 * g)
+            if i % 5 == turn:
+                step = pah.orthogonalised(0.05 * g + 0.95 * momentum) * 5 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
+                p.data.mul_(1 - 5 * 0.02 * 0.1).sub_(step.view_as(p))
+        for (name, p), like in zip(model.named_parameters(), expected.parameters()):
+            torch.testing.assert_close(p, like, rtol=1e-3, atol=1e-4, msg=name)
 
 def test_optimizer_groups_of_stored_heads_fp16_and_adamw():
     rates = lambda optimizer: [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
@@ -294,16 +268,6 @@ def test_optimizer_groups_of_stored_heads_fp16_and_adamw():
     optimizer = pah.make_optimizer(model, 0.02, 1, 2, 0.1)
     assert rates(optimizer) == [(0.02, 0.1), (0.002, 0), (2, 0), (1, 0.1)]
     assert not optimizer.param_groups[0]["fused"] and optimizer.param_groups[0]["foreach"] is None
-
-def test_a_frozen_backbone_is_left_alone():
-    model, teacher, x, y = pair()
-    model.backbone.requires_grad_(False)
-    before = copy.deepcopy(model)
-    optimizer = pah.make_optimizer(model, lr=0.02, hyper_lr=1e-4, proto_lr=1e-3, weight_decay=0.1)
-    pah.joint_loss(model, teacher, x, y, 3)[0].backward()
-    optimizer.step()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before.get_parameter(name)) == name.startswith("backbone"), name
 # ------------------------------ training
 def test_augmentation():
     images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8).repeat(200, 1, 1, 1)
@@ -317,12 +281,13 @@ def test_augmentation():
                    if torch.equal(out[i], crop.flip(-1) if m else crop)]
         assert len(matches) == 1
         seen |= set(matches)
-    assert len(seen) == 50
-    assert torch.equal(pah.augment(images, pad=0, flip=False), images)
-
+    assert len(seen) == 50 and torch.equal(pah.augment(images, pad=0, flip=False), images)
+def raising(error):
+    def raise_it(*args, **kwargs):
+        raise error
+    return raise_it
 def run_main(*args, code=0):
     assert pah.main([str(a) for a in args]) == code
-
 def fails(capsys, *args):
     """Runs main, which must end with code 2 and one line; returns the line."""
     capsys.readouterr()
@@ -330,23 +295,18 @@ def fails(capsys, *args):
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading ")]
     assert len(err) == 1 and err[0].startswith("pah.py: ") and "Traceback" not in err[0], err
     return err[0]
-
 def results(out, seed=0):
     return json.loads((out / f"seed{seed}/results.json").read_text())
-
 def weights(out, seed=0):
     return torch.load(out / f"seed{seed}/checkpoint.pt", weights_only=True)["model"]
-
 def same(a, b):
     return all(torch.equal(a[n], b[n]) for n in a)
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """One real run on `synthetic`, as the README's first command does it but shorter."""
     out = tmp_path_factory.mktemp("learned")
     run_main(*SHORT_RUN, "--out", out)
     return out
-
 def test_pah_beats_no_distillation(learned, tmp_path):
     run_main(*SHORT_RUN, "--lam", 0, "--mu", 0, "--out", tmp_path)
     with_it, without = results(learned), results(tmp_path)
@@ -435,7 +395,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, capsys, monkeypatch
     assert all(v.isfinite().all() for v in weights(tmp_path).values())
 
 def test_ctrl_c(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pah, "evaluate", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pah, "evaluate", raising(KeyboardInterrupt))
     run_main(*TINY_RUN, "--out", tmp_path, code=130)
     assert "--resume" in capsys.readouterr().err
 # ------------------------------ torchrun
@@ -471,7 +431,6 @@ def counted_data(classes=6, per_class=10):
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = labels.to(torch.uint8), torch.arange(len(labels)).to(torch.uint8)
     return Data(images, labels, images + 100, labels.clone(), [f"c{i}" for i in range(classes)])
-
 def test_split_tasks():
     data = counted_data()
     tasks = split_tasks(data, 3)
@@ -498,7 +457,6 @@ def test_validation_split_is_training_images_only():
         assert len(train) == 24 and len(held_out) == 6 and not train & held_out
         assert max(train | held_out) < 100  # test images would be 100 and more
         assert torch.bincount(task.test_labels).tolist() == [2, 2, 2]
-
 def fake_cifar100(root, monkeypatch):
     """The published layout: three pickles whose MD5 sums torchvision checks."""
     from torchvision.datasets import CIFAR100
@@ -515,7 +473,6 @@ def fake_cifar100(root, monkeypatch):
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", dict(CIFAR100.meta, md5=md5["meta"]))
     return files
-
 def test_cifar100(tmp_path, monkeypatch):
     files = fake_cifar100(tmp_path, monkeypatch)
     data = load_dataset("cifar100", tmp_path)
@@ -526,8 +483,7 @@ def test_cifar100(tmp_path, monkeypatch):
     assert torch.equal(again.train_images, data.train_images) and again.signature == data.signature
     assert load_dataset("cifar100", tmp_path, 16).test_images.shape == (100, 3, 16, 16)
     (tmp_path / "pah-cifar100-32.pt").unlink()
-    with open(tmp_path / "cifar-100-python/train", "r+b") as f:
-        f.write(b"?")
+    (tmp_path / "cifar-100-python/train").write_bytes(b"?")
     with pytest.raises(Problem, match="cifar-100-python: damaged; move it"):
         load_dataset("cifar100", tmp_path)
 
@@ -537,17 +493,14 @@ def test_mnist(tmp_path):
     pixels = rng.integers(0, 256, (20, 28, 28), dtype=np.uint8)
     for split, n in ("train", 20), ("t10k", 10):
         (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes())
-        labels = bytes([i % 10 for i in range(n)])
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n)))
     data = load_dataset("mnist", tmp_path, 28)
     assert np.array_equal(data.test_images.numpy(), np.repeat(pixels[:10, None], 3, 1))
     assert data.test_labels.tolist() == list(range(10)) and len(split_tasks(data, 5)) == 5
-
 def picture(value, mode="RGB", size=(64, 64), format="PNG", **options):
     f = io.BytesIO()
     Image.new(mode, size, value).save(f, format, **options)
     return f.getvalue()
-
 def test_tinyimagenet(tmp_path, monkeypatch):
     """The published layout with three classes, greyscale images among them."""
     monkeypatch.setattr(pah, "TINY_COUNTS", [12, 3])
@@ -555,7 +508,6 @@ def test_tinyimagenet(tmp_path, monkeypatch):
     (root / "val/images").mkdir(parents=True)
     for c, wnid in enumerate(["n03", "n01", "n02"]):
         (root / f"train/{wnid}/images").mkdir(parents=True)
-        (root / f"train/{wnid}/{wnid}_boxes.txt").write_text("boxes")
         for i in range(4):
             value, mode = 40 * c + 10 * i + 20, "L" if c == 0 and i == 0 else "RGB"
             blob = picture(value if mode == "L" else (value,) * 3, mode, format="JPEG")
@@ -573,7 +525,6 @@ def test_tinyimagenet(tmp_path, monkeypatch):
     (root / "train/n01/images/n01_2.JPEG").unlink()
     with pytest.raises(Problem, match="damaged.*11 and 3 images"):
         load_dataset("tinyimagenet", tmp_path)
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder data set of two classes, with images of several kinds."""
@@ -587,7 +538,6 @@ def folder(tmp_path):
             array = np.full((9, 9), (50 + 100 * c) * 256, np.uint16)
             Image.fromarray(array).save(root / split / name / "d.png")
     return root
-
 def test_folder_and_its_cache(folder, tmp_path, capsys):
     """A cache that is damaged, made of other files, or holds pickled objects is built anew; no code in it is run."""
     class Evil:
@@ -625,9 +575,6 @@ def test_own_folder_of_a_published_name(folder, tmp_path, monkeypatch):
 def test_odd_but_good_folders(folder, tmp_path):
     """Images of any mode, size and orientation, files that are no images, hidden files, links in and out."""
     (folder / "train/cat/cmyk.jpg").write_bytes(picture((0, 0, 0, 0), "CMYK", format="JPEG"))
-    (folder / "train/cat/palette.png").write_bytes(picture(0, "P"))
-    (folder / "train/cat/one pixel.png").write_bytes(picture((9, 9, 9), size=(1, 1)))
-    (folder / "train/cat/long.png").write_bytes(picture((9, 9, 9), size=(3000, 1)))
     (tmp_path / "elsewhere.png").write_bytes(picture((77, 77, 77)))
     (folder / "train/cat/z.png").symlink_to(tmp_path / "elsewhere.png")
     for name in "train/cat/notes.txt", "train/cat/.DS_Store", "train/README", "val/.hidden":
@@ -641,17 +588,12 @@ def test_odd_but_good_folders(folder, tmp_path):
     exif[0x112] = 3  # upside down
     half.save(tmp_path / "dogs/turned.png", exif=exif)
     data = load_dataset(str(folder), tmp_path / "data", 16)
-    assert len(data.train_images) == 8 + 5 + 1 and data.train_labels.tolist() == [0] * 9 + [1] * 5
-    assert set(data.train_images[8].flatten().tolist()) == {77}  # files in the order of their names: z.png
+    assert len(data.train_images) == 8 + 2 + 1 and data.train_labels.tolist() == [0] * 6 + [1] * 5
+    assert set(data.train_images[5].flatten().tolist()) == {77}  # files in the order of their names: z.png
     assert data.train_images[3].float().mean() > 250  # cmyk.jpg is white
     assert not data.train_images[-1, :, :8].any() and (data.train_images[-1, :, 8:] == 255).all()
     (tmp_path / "dogs/a.png").write_bytes(picture((1, 1, 1), size=(41, 20)))  # behind the link: it counts
     assert not torch.equal(load_dataset(str(folder), tmp_path / "data", 16).train_images, data.train_images)
-
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-HUGE = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
 
 @pytest.mark.parametrize("break_it, says", [
     (lambda f: [p.unlink() for p in (f / "train/cat").iterdir()], "cat"),
@@ -661,7 +603,6 @@ HUGE = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 60_000, 60_000
     (lambda f: (f / "val/cat/t.jpg").write_bytes(picture((1, 2, 3), format="JPEG")[:400]), "cat/t.jpg: not a readable image"),
     (lambda f: (f / "val/cat/link.png").symlink_to(f / "nowhere.png"), "cat/link.png: not a readable image"),
     (lambda f: os.mkfifo(f / "val/cat/pipe.png"), "cat/pipe.png: not a readable image"),
-    (lambda f: (f / "train/cat/p.png").write_bytes(HUGE), "cat/p.png: not a readable image"),
     (lambda f: (f / "train/cow").mkdir(), "cow"),
 ])
 def test_bad_folders(break_it, says, folder, tmp_path, capsys):
@@ -670,11 +611,7 @@ def test_bad_folders(break_it, says, folder, tmp_path, capsys):
     assert not (tmp_path / "o").exists() and not list(tmp_path.glob("d/*"))
 
 def test_no_network(tmp_path, capsys, monkeypatch):
-    import urllib.error
-    import urllib.request
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr("urllib.request.urlopen", raising(OSError("Name or service not known")))
     for dataset, place in ("cifar100", "cifar-100-python"), ("tinyimagenet", "tiny-imagenet-200"), ("mnist", "MNIST"):
         run_main("--dataset", dataset, "--data", tmp_path / "d", "--out", tmp_path / "o", code=2)
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pah.py:")]
@@ -682,15 +619,12 @@ def test_no_network(tmp_path, capsys, monkeypatch):
 
 def test_files_of_the_user_stay(tmp_path, folder):
     """Whatever its name, what this program did not write is there afterwards."""
-    for name in ".notes.2024.tmp", ".download-manager/a", "cifar-100-python.tar.gz", ".pah", "cifar100-32.pt":
+    names = [".notes.2024.tmp", ".download-manager/a", "cifar-100-python.tar.gz", "cifar100-32.pt", "seed0/.results.json.1.tmp"]
+    for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
-    out = folder / "seed0"
-    out.mkdir()
-    (out / ".results.json.1.tmp").write_text("mine")
     run_main("--dataset", folder, *TINY_RUN[2:], "--tasks", 1, "--data", folder, "--out", folder)
-    there = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".png" and p.read_bytes() == b"mine"]
-    assert len(there) == 6
+    assert all((folder / name).read_text() == "mine" for name in names)
 
 def test_processes_build_one_cache_each(folder, tmp_path):
     """Three at once on a cold cache, on a file system without locks or with: all end well, one file is left."""
@@ -699,8 +633,7 @@ def test_processes_build_one_cache_each(folder, tmp_path):
             "assert len(pah.load_dataset(sys.argv[1], sys.argv[2], 16).train_images) == 8")
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "data")]
     processes = [subprocess.Popen(command, cwd=HERE) for _ in "123"]
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    assert len(list((tmp_path / "data").iterdir())) == 1
+    assert [process.wait() for process in processes] == [0, 0, 0] and len(list((tmp_path / "data").iterdir())) == 1
 # ------------------------------ results
 def test_results_and_files(learned):
     r, folder = results(learned), learned / "seed0"
@@ -730,7 +663,6 @@ save = torch.save
 torch.save = lambda value, path: (open(path, "wb").write(b"half"), time.sleep(0.3), save(value, path))
 sys.exit(pah.main(sys.argv[1:]))
 """
-
 def test_killed_anywhere(tmp_path):
     """SIGKILL, in turn while it trains and while it writes: whatever is there under its own name is whole, and --resume
     ends with the very weights of a run that was left alone."""
@@ -747,25 +679,24 @@ def test_killed_anywhere(tmp_path):
         if kill != "never":
             process.kill()
         assert process.communicate() and process.returncode == (0 if kill == "never" else -signal.SIGKILL)
+        readers = {".pt": load_checkpoint, ".json": lambda f: json.loads(f.read_text()), ".png": lambda f: Image.open(f).load()}
         for file in [file for file in folder.iterdir() if not file.name.startswith(".")]:
-            {".pt": load_checkpoint, ".json": lambda f: json.loads(f.read_text()), ".png": lambda f: Image.open(f).load()}[
-                file.suffix](file)
+            readers[file.suffix](file)
         if kill == "writing":
             (folder / ".checkpoint.pt.pah-writes").unlink()  # for the next wait; a run would write over it
     assert same(weights(tmp_path / "whole"), weights(folder.parent)) and len(results(folder.parent)["accuracy"]) == 3
 
-def test_a_full_disk(tmp_path):
-    """A file may not grow beyond 50 kB: one line, and the last checkpoint is untouched."""
-    import resource
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """One line, and the last checkpoint is untouched."""
     run_main(*TINY_RUN, "--stop-after", 1, "--out", tmp_path)
     before = (tmp_path / "seed0/checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    done = subprocess.run([sys.executable, pah.__file__, *TINY_RUN, "--stop-after", "2", "--out", tmp_path, "--resume"],
-                          capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr, done.stderr
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")
+    monkeypatch.setattr(torch, "save", full)
+    assert "cannot be written" in fails(capsys, *TINY_RUN, "--stop-after", 2, "--out", tmp_path, "--resume")
     assert (tmp_path / "seed0/checkpoint.pt").read_bytes() == before
     assert [p.name for p in (tmp_path / "seed0").glob(".*")] == [".pah-lock"]
-    run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, "--resume")
 
 def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
     """Another run, a finished one, one of another seed, on other images, one that is busy; damaged or strange files."""
@@ -782,11 +713,11 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
     assert "--seed 0 there, 1 now" in fails(capsys, *tiny, "--seeds", 1, "--stop-after", 2, "--resume")
     (out / "seed1").rename(out / "seed0")
     with monkeypatch.context() as m:
-        m.setattr(pah, "synthetic", lambda size: synthetic(size)._replace(signature="changed"))
+        changed = load_dataset("synthetic")._replace(signature="changed")
+        m.setattr(pah, "synthetic", lambda size: changed)
         assert "--images" in fails(capsys, *tiny, "--stop-after", 2, "--resume")
-    with monkeypatch.context() as m:  # a joint run of two tasks is another one than of five
-        run_main(*tiny[:-1], tmp_path / "j", "--joint", "--stop-after", 2)
-        assert "--stop-after 2 there" in fails(capsys, *tiny[:-1], tmp_path / "j", "--joint", "--resume")
+    run_main(*tiny[:-1], tmp_path / "j", "--joint", "--stop-after", 2)  # another run than of five tasks
+    assert "--stop-after 2 there" in fails(capsys, *tiny[:-1], tmp_path / "j", "--joint", "--resume")
     (out / "seed0/results.json").write_text("")  # lost: made again from the checkpoint
     run_main(*tiny, "--stop-after", 1, "--resume")
     assert results(out)["complete"]
@@ -807,17 +738,13 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
             load_checkpoint(checkpoint)
         assert checkpoint.read_bytes() == before and not (tmp_path / "executed").exists()
 
-synthetic = pah.synthetic
-
 def test_a_picture_that_fails_and_a_folder_that_vanishes(tmp_path, capsys, monkeypatch):
-    def failing(path, R):
-        raise ImportError("The _imagingft C module is not installed")
     train_task = pah.train_task
     def train_and_remove(*args):
         trained = train_task(*args)
         shutil.rmtree(tmp_path / "o")
         return trained
-    monkeypatch.setattr(pah, "draw_accuracy", failing)
+    monkeypatch.setattr(pah, "draw_accuracy", raising(ImportError("The _imagingft C module is not installed")))
     monkeypatch.setattr(pah, "train_task", train_and_remove)
     run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path / "o")
     assert capsys.readouterr().err.count("a picture could not be drawn (The _imagingft") == 2
@@ -856,13 +783,6 @@ def test_report(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("(reported)" in line for line in lines) == 9 and not any("tinyimagenet" in line for line in lines)
     assert "74.46 ± 0.08  1.71 ± 0.02" in next(line for line in lines if "PAH (reported)" in line)
-
-def test_accuracy_picture_shows_the_numbers(tmp_path):
-    pah.draw_accuracy(tmp_path / "a.png", [[90.0], [50.0, 70.0]])
-    corner = lambda row, column: sum(Image.open(tmp_path / "a.png").getpixel((42 + 44 * column, 50 + 44 * row)))
-    assert corner(0, 0) < corner(1, 1) < corner(1, 0) <= corner(0, 1) == 3 * 255  # darker is higher
-    for R in [[30.0]], [[float(i + j) for j in range(i + 1)] for i in range(20)], [[0.0], [0.0, 100.0]], [[1.0, 2.0]]:
-        pah.draw_accuracy(tmp_path / "a.png", R)
 # ------------------------------ command line
 def test_bench(capsys):
     run_main("--dataset", "synthetic", "--width", 4, "--bench", "--sp-tasks", 1)
@@ -885,8 +805,7 @@ esac
     script = tmp_path / "run_all.sh"
     script.write_text((HERE / "run_all.sh").read_text())
     for flags, count in (["--quick"], 18), (["--epochs", "3"], 28):
-        done = subprocess.run(["bash", script, *flags], capture_output=True, text=True,
-                              env=os.environ | {"PYTHON": str(stub)})
+        done = subprocess.run(["bash", script, *flags], capture_output=True, text=True, env=os.environ | {"PYTHON": str(stub)})
         assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
         calls = (tmp_path / "calls").read_text().splitlines()
         (tmp_path / "calls").unlink()
@@ -919,9 +838,9 @@ def test_bad_flags(flags, says, capsys, tmp_path):
 def test_out_of_memory_and_other_errors(capsys, monkeypatch, tmp_path):
     for error in RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError("", 7), \
             torch.OutOfMemoryError("CUDA out of memory."):
-        monkeypatch.setattr(pah, "learn", lambda *a, **k: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(pah, "learn", raising(error))
         assert "try a smaller --batch-size" in fails(capsys, *TINY_RUN, "--out", tmp_path)
-    monkeypatch.setattr(pah, "learn", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a defect")))
+    monkeypatch.setattr(pah, "learn", raising(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):  # is not hidden
         pah.main([*TINY_RUN, "--out", str(tmp_path)])
 
@@ -969,8 +888,7 @@ def test_readme_snippets_run(learned, tmp_path, monkeypatch, capsys):
         exec(snippet.replace("range(2)", "range(1)"), scopes[-1])
     first, second, third = scopes
     assert pah.average_accuracy(first["R"]) > 50  # of four classes, after one epoch
-    assert second["model"](torch.zeros(2, 3, 32, 32), 9).shape == (2, 10)
-    assert third["classes"].shape == (8,)
+    assert second["model"](torch.zeros(2, 3, 32, 32), 9).shape == (2, 10) and third["classes"].shape == (8,)
 
 def test_readme_names_only_flags_that_exist(capsys):
     with pytest.raises(SystemExit):
