@@ -280,7 +280,6 @@ def make_optimizer(model, lr, hyper_lr, proto_lr, weight_decay, muon=True):
     return Muon(groups, weight_decay=weight_decay, fused=None if model.precision == "fp16" else True)
 # ------------------------------ Training
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-
 def augment(images, pad, flip=True):
     """A random crop of each of the uint8 images (B, C, S, S) with `pad` reflected pixels around, mirrored at
     random. Runs on the images' device without waiting for it."""
@@ -350,7 +349,8 @@ def build(args):
         from torchvision.models import ResNet18_Weights
         with explained(f"--pretrained: cannot fetch weights into {torch.hub.get_dir()}", OSError):
             backbone.load_state_dict(ResNet18_Weights.DEFAULT.get_state_dict(), strict=False)  # no classifier
-    if args.device == "cuda" or args.width % 8 == 0:  # with other widths oneDNN's AVX2 kernels corrupt memory
+    avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if args.device == "cuda" or avx512 or args.width % 8 == 0:  # elsewhere oneDNN's kernels corrupt memory
         backbone.to(memory_format=torch.channels_last)
     if args.compile:
         backbone.compile()
