@@ -887,8 +887,6 @@ def main(argv=None):
             raise
         if isinstance(error, (MemoryError, RuntimeError)):
             message = f"out of memory ({message}); try a smaller --batch-size or --width"
-        if isinstance(error, BrokenPipeError):  # its reader is gone; Python would flush it once more
-            sys.stdout = open(os.devnull, "w")
         print(f"pah.py: {f'process {RANK}: ' if RANK else ''}{message}", file=sys.stderr)
         return 2
     finally:

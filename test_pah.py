@@ -214,14 +214,14 @@ def test_pooled_shortcut():
 def test_a_block_of_one_pixel():
     """Same numbers and gradients as stride 2; and in bf16, where torch 2.14's would be wrong, close to fp32's."""
     torch.manual_seed(0)
-    block = pah.BasicBlock(8, 16, 2)
-    x = torch.randn(32, 8, 1, 1)
+    block = pah.BasicBlock(64, 128, 2)
+    x = torch.randn(64, 64, 1, 1, requires_grad=True)
     torch.testing.assert_close(F.conv2d(x, block.conv1.weight, padding=1), block.conv1(x))
     gradients = []
     for bf16 in [False] + 8 * [True]:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = (block(x).float() * torch.arange(16)[:, None, None]).sum()
-        gradients.append(torch.autograd.grad(loss, block.conv1.weight)[0])
+            loss = (block(x).float() * torch.arange(128)[:, None, None]).sum()
+        gradients.append(torch.autograd.grad(loss, [block.conv1.weight, x])[0])
         assert (gradients[-1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 # ------------------------------ optimiser
 def test_orthogonalised():
@@ -571,6 +571,7 @@ def test_own_folder_of_a_published_name(folder, tmp_path, monkeypatch):
         (tmp_path / place / "cifar100").symlink_to(folder) if place == "here" else folder.rename(tmp_path / place / "cifar100")
         assert len(load_dataset(str(tmp_path / place / "cifar100"), tmp_path / "data", 32).train_images) == 8
     assert torch.equal(load_dataset("cifar100", tmp_path / "data").train_images, published.train_images)
+    assert len(list((tmp_path / "data").glob("pah-*.pt"))) == 3
 
 def test_odd_but_good_folders(folder, tmp_path):
     """Images of any mode, size and orientation, files that are no images, hidden files, links in and out."""
