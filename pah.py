@@ -606,6 +606,7 @@ def start_or_resume(args, seed, signature, folder, last):
     """A fresh model and the state of its run; or those that `folder` holds, if they are of the same run."""
     fresh = {"format": FORMAT, "args": vars(args), "seed": seed, "data": signature}
     if not (folder / "checkpoint.pt").exists():
+        require(not (folder / "results.json").exists(), f"{folder} has only results: move them away")
         return build(args), fresh | {"accuracy": [], "seconds": 0.0, "training_seconds": 0.0, "images": 0}
     saved, model = read_checkpoint(folder / "checkpoint.pt")
     there, now = (run["args"] | {"seed": run["seed"], "images": run["data"]} for run in (saved, fresh))

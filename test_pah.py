@@ -43,7 +43,6 @@ def test_heads_start_at_the_scale_of_a_linear_layer():
     hidden = F.normalize(hypernetwork.layers[:-1](embeddings), dim=1)
     cosines = (hidden @ hidden.T)[~torch.eye(50, dtype=torch.bool)]
     assert abs(cosines.mean()) < 0.1  # hidden vectors of unlike tasks; with ReLU 0.5
-
 def test_shapes_and_equations_1_to_3():
     model = fill(PAH(ResNet18(4), K, C, proto_size=6, hidden=8)).eval()
     x = torch.randn(5, 3, 16, 16)
@@ -53,8 +52,7 @@ def test_shapes_and_equations_1_to_3():
     torch.testing.assert_close(model.heads(4)[2], W)
     torch.testing.assert_close(model(x, 2), model.backbone(x) @ W.T)  # Eq. 1
     white, black = (pah.normalise(torch.full((3, 1, 1), value, dtype=torch.uint8)).flatten() for value in (255, 0))
-    torch.testing.assert_close(1 / (white - black), torch.tensor(pah.STD))
-    torch.testing.assert_close(black / (black - white), torch.tensor(pah.MEAN))
+    torch.testing.assert_close(torch.stack([black / (black - white), 1 / (white - black)]), torch.tensor([pah.MEAN, pah.STD]))
 
 def test_semantic_and_random_prototypes():
     torch.manual_seed(0)
@@ -618,7 +616,7 @@ def test_no_network(tmp_path, capsys, monkeypatch):
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pah.py:")]
         assert place in line and "--dataset synthetic" in line and str(tmp_path / "d") in line
 
-def test_files_of_the_user_stay(tmp_path, folder):
+def test_files_of_the_user_stay(tmp_path, folder, capsys):
     """Whatever its name, what this program did not write is there afterwards."""
     names = [".notes.2024.tmp", ".download-manager/a", "cifar-100-python.tar.gz", "cifar100-32.pt", "seed0/.results.json.1.tmp"]
     for name in names:
@@ -626,6 +624,8 @@ def test_files_of_the_user_stay(tmp_path, folder):
         (folder / name).write_text("mine")
     run_main("--dataset", folder, *TINY_RUN[2:], "--tasks", 1, "--data", folder, "--out", folder)
     assert all((folder / name).read_text() == "mine" for name in names)
+    (folder / "seed0/checkpoint.pt").unlink()  # then the rest may be somebody's
+    assert "move them away" in fails(capsys, "--dataset", folder, *TINY_RUN[2:], "--tasks", 1, "--data", folder, "--out", folder)
 
 def test_processes_build_one_cache_each(folder, tmp_path):
     """Three at once on a cold cache, on a file system without locks or with: all end well, one file is left."""
