@@ -871,7 +871,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt  # glibc: keep freed memory; to get it anew is a fifth of a step
+        mallopt = ctypes.CDLL(None).mallopt  # glibc: keep freed memory; anew it takes up to a third of a step
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)
     torch.backends.cudnn.benchmark = True
     try:
