@@ -403,7 +403,6 @@ Task = namedtuple("Task", f"classes {SPLITS}")
 SIZES = {"cifar100": 32, "tinyimagenet": 64, "mnist": 32, "synthetic": 16}
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_COUNTS, UNREADABLE = [100_000, 10_000], "not a readable image; replace or delete it"
-
 class Problem(Exception):
     """Something the user can put right: `main` prints it as one line and exits with code 2."""
 
@@ -587,7 +586,6 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
 # ------------------------------ Results: checkpoints, pictures, tables
 FORMAT = 2  # of checkpoints
 SAME_RESULT = {"out", "data", "seeds", "resume", "device", "report", "format", "bench", "compile"}
-
 def read_checkpoint(path):
     """All that a checkpoint says, and its model on the CPU. Nothing in the file can run code."""
     with explained(f"{path}: no checkpoint of this program, or damaged; delete it to start again", Exception):
@@ -614,8 +612,8 @@ def start_or_resume(args, seed, signature, folder, last):
     differing = [f"--{name} {there.get(name)} there, {value} now".replace("_", "-")
                  for name, value in now.items() if name not in may_differ and there.get(name) != value]
     require(not differing, f"{folder} holds another run: {'; '.join(differing)}. Give another --out")
-    done = len(saved["accuracy"][-1])
-    require(args.resume, f"{folder} holds {done} of {last} tasks: add --resume, or give another --out")
+    done = f"{len(saved['accuracy'][-1])} of {last} tasks"
+    require(args.resume, f"{folder} holds {done}: add --resume to go on, or give another --out")
     if RANK == 0:
         save(folder, saved, model)  # in case that results or pictures were lost
     return model, saved | {"args": vars(args)}
@@ -817,7 +815,6 @@ def parse_args(argv=None):
     args.dataset = args.dataset if args.dataset in SIZES else os.path.normpath(args.dataset)
     name = f"{Path(args.dataset).resolve().name}-{args.tasks}" + "".join(options_named(vars(args)))
     args.out = args.out or "runs/" + name.replace("--", "-").replace(" ", "-")[:200]
-    args.seeds = list(dict.fromkeys(args.seeds))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none here")
     if args.precision == "auto":
@@ -843,11 +840,14 @@ def locked(folder):
     return handle
 
 def run(args):
+    if args.report:
+        return report(args.report, args.format)
     if WORLD > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if args.device == "cuda" else None
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     data, results = load_dataset(args.dataset, args.data, args.image_size), []
-    for i, seed in enumerate(args.seeds):
+    for i, seed in enumerate(dict.fromkeys(args.seeds)):
         tasks = split_tasks(data, args.tasks, seed if args.shuffle_classes else None, args.val_fraction)
         args.classes, fewest = len(tasks[0].classes), min(len(task.train_images) for task in tasks)
         require(fewest >= 2 * WORLD, f"--tasks {args.tasks}: one has {fewest} images; {2 * WORLD} are needed")
@@ -872,11 +872,12 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt  # glibc: keep freed memory; anew it takes up to a third of a step
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
     torch.backends.cudnn.benchmark = True
     try:
         args = parse_args(argv)
-        report(args.report, args.format) if args.report else run(args)
+        run(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
