@@ -115,10 +115,11 @@ def distillation(new, old, temperature=2.0):
     new, old = F.log_softmax(new / temperature, -1), F.log_softmax(old / temperature, -1)
     return temperature**2 * F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
 
-def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0):
+def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0, updates="prototypes"):
     """L_sp (Eq. 6): earlier tasks' prototypes as images, student against teacher, each with its task's head;
     mean over prototypes, sum over tasks. The gradient reaches prototypes alone: weights are constants, and
-    BatchNorm uses running statistics. `drawn` > 0: so many random tasks stand for all, unbiased."""
+    BatchNorm uses running statistics; updates="all" lets it reach the weights too, as rehearsal would.
+    `drawn` > 0: so many random tasks stand for all, unbiased."""
     n = len(teacher.heads)
     tasks = torch.randperm(n, device=model.prototypes.device)[:drawn] if 0 < drawn < n else slice(n)
     prototypes, old_heads = model.prototypes[tasks], teacher.heads[tasks]
@@ -126,7 +127,7 @@ def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0):
     old = teacher.features(images).unflatten(0, each) @ old_heads.mT
     training = model.training
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.prototypes]
-    for p in weights:
+    for p in weights if updates == "prototypes" else []:
         p.requires_grad_(False)
     model.eval()
     new = model.features(images).unflatten(0, each) @ model.hypernetwork(prototypes.flatten(1)).mT
@@ -135,10 +136,11 @@ def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0):
         p.requires_grad_(True)
     return distillation(new, old, temperature).mean() * n
 
-def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, sp_tasks=0):
+def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperature=2.0, sp_tasks=0,
+               sp_updates="prototypes"):
     """L = L_hm + lam L_sm + mu L_sp on normalised images (B, 3, H, W) of `task`, counted from 0, with labels
-    (B,). `teacher` is the model's Teacher from before this task, None in the first; `sp_tasks` > 0 takes L_sp
-    from so many earlier tasks. Returns L to minimise, and the three losses, detached (3,)."""
+    (B,). `teacher` is the model's Teacher from before this task, None in the first; the last two are L_sp's
+    `drawn` and `updates`. Returns L to minimise, and the three losses, detached (3,)."""
     logits = torch.einsum("bd,ncd->bnc", model.features(images), model.heads(task + 1))
     l_hm = F.cross_entropy(logits[:, task], labels)  # Eq. 4
     l_sm = l_sp = torch.zeros((), device=images.device)
@@ -146,7 +148,7 @@ def joint_loss(model, teacher, images, labels, task, lam=1.0, mu=1.0, temperatur
         old = torch.einsum("bd,ncd->bnc", teacher.features(images), teacher.heads)
         l_sm = distillation(logits[:, :len(teacher.heads)], old, temperature).mean(0).sum()
     if teacher is not None and mu and model.head == "hyper":
-        l_sp = soft_loss_prototypes(model, teacher, temperature, sp_tasks)  # Eq. 6
+        l_sp = soft_loss_prototypes(model, teacher, temperature, sp_tasks, sp_updates)  # Eq. 6
     return l_hm + lam * l_sm + mu * l_sp, torch.stack([l_hm, l_sm, l_sp]).detach()
 
 def multitask_loss(model, images, labels):
@@ -175,15 +177,21 @@ def learning_accuracy(R):
     return sum(row[-1] for row in R) / len(R)
 
 @torch.no_grad()
-def evaluate(model, task, images, labels):
-    """Percentage of right answers on one task, in eval mode; the model's mode is left as it was. Images are
-    uint8 (N, 3, H, W), labels (N,) class numbers within the task."""
-    right, training, device = 0, model.training, model.prototypes.device
+def evaluate(model, tasks):
+    """Accuracies in eval mode on all `tasks` so far, each with test_images, uint8 (N, 3, H, W), and test_labels
+    (N,), class numbers within it: a row of R. And their mean were the task not told: class-incremental, the
+    largest logit of all heads decides. The model's mode is left as it was."""
+    training, device, heads = model.training, model.prototypes.device, model.heads(len(tasks))
+    right = torch.zeros(2, len(tasks), dtype=torch.float64, device=device)
     model.eval()
-    for x, y in zip(images.split(500), labels.to(device).split(500)):
-        right += (model(normalise(x.to(device)), task).argmax(1) == y).sum()
+    for k, task in enumerate(tasks):
+        for x, y in zip(task.test_images.split(500), task.test_labels.to(device).split(500)):
+            logits = torch.einsum("bd,ncd->bnc", model.features(normalise(x.to(device))), heads)
+            right[0, k] += (logits[:, k].argmax(1) == y).sum()
+            right[1, k] += (logits.flatten(1).argmax(1) == k * heads.shape[1] + y).sum()
+        right[:, k] = 100 * right[:, k] / len(task.test_labels)
     model.train(training)
-    return 100 * int(right) / len(labels)
+    return right[0].tolist(), right[1].mean().item()
 # ------------------------------ Backbone
 class BasicBlock(nn.Module):
     def __init__(self, inputs, outputs, stride=1, pool=False):
@@ -362,7 +370,7 @@ def loss_of_task(model, task, args):
     if teacher and args.compile:
         teacher.backbone.compile()
     return functools.partial(joint_loss, teacher=teacher, task=task, lam=args.lam, mu=args.mu,
-                             temperature=args.temperature, sp_tasks=args.sp_tasks)
+                             temperature=args.temperature, sp_tasks=args.sp_tasks, sp_updates=args.sp_updates)
 
 def learn(args, seed, tasks, signature, seeds_after=0):
     """One seed: each task in turn is begun, trained on, evaluated with the earlier ones and saved in
@@ -388,13 +396,14 @@ def learn(args, seed, tasks, signature, seeds_after=0):
         progress = functools.partial(print_progress, k, args, last - k - 1 + seeds_after * last, start)
         state["images"] += train_task(model, loss, images, labels, args, progress)
         state["training_seconds"] += time.perf_counter() - start
-        R.append([evaluate(model, j, t.test_images, t.test_labels) for j, t in enumerate(tasks[:k + 1])])
+        for values, new in zip((R, state["class_incremental"]), evaluate(model, tasks[:k + 1])):
+            values.append(new)
         state["seconds"] += time.perf_counter() - start
         state["result"] = summary(state, model, complete=k + 1 == last)
         if RANK == 0:
             save(folder, state, model)
         print(f"task {k + 1:>2}/{args.tasks}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
-              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.1f}" for a in R[-1]], flush=True)
+              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.0f}" for a in R[-1]], flush=True)
     return state["result"]
 # ------------------------------ Data: uint8 tensors, sorted by class, cached in one file
 SPLITS = "train_images train_labels test_images test_labels"
@@ -584,7 +593,7 @@ def split_tasks(data, tasks, seed=None, val_fraction=0.0):
     return [Task([data.classes[c] for c in members], *pick(data.train_images, rows, members),
                  *pick(tests, test_rows, members)) for members in order.view(tasks, -1).tolist()]
 # ------------------------------ Results: checkpoints, pictures, tables
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 SAME_RESULT = {"out", "data", "seeds", "resume", "device", "report", "format", "bench", "compile"}
 def read_checkpoint(path):
     """All that a checkpoint says, and its model on the CPU. Nothing in the file can run code."""
@@ -605,7 +614,8 @@ def start_or_resume(args, seed, signature, folder, last):
     fresh = {"format": FORMAT, "args": vars(args), "seed": seed, "data": signature}
     if not (folder / "checkpoint.pt").exists():
         require(not (folder / "results.json").exists(), f"{folder} has only results: move them away")
-        return build(args), fresh | {"accuracy": [], "seconds": 0.0, "training_seconds": 0.0, "images": 0}
+        return build(args), fresh | {"accuracy": [], "class_incremental": [], "seconds": 0.0,
+                                     "training_seconds": 0.0, "images": 0}
     saved, model = read_checkpoint(folder / "checkpoint.pt")
     there, now = (run["args"] | {"seed": run["seed"], "images": run["data"]} for run in (saved, fresh))
     may_differ = SAME_RESULT if args.joint else SAME_RESULT | {"stop_after"}
@@ -657,7 +667,8 @@ def summary(state, model, complete):
     return {
         "args": state["args"], "seed": state["seed"], "accuracy": R, "AA": average_accuracy(R),
         "FM": None if joint else forgetting(R), "BWT": None if joint else backward_transfer(R),
-        "LA": None if joint else learning_accuracy(R), "seconds": state["seconds"],
+        "LA": None if joint else learning_accuracy(R), "class_incremental": state["class_incremental"],
+        "seconds": state["seconds"],
         "images_per_second": state["images"] / state["training_seconds"], "parameters": sizes,
         "peak_memory_bytes": peak_memory(device), "processes": WORLD, "complete": complete,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu {torch.get_num_threads()}",
@@ -696,7 +707,8 @@ def report(folder, style="text"):
             result = json.loads(path.read_text() if path.is_file() else "")
             args, seed = result["args"], int(result["seed"])
             name = f"{Path(args['dataset']).name}, {args['tasks']} tasks {' '.join(options_named(args))}"
-            row = [result[key] for key in ("AA", "FM", "LA", "seconds")]
+            row = [result[key] for key in ("AA", "FM", "LA")]
+            row += [result.get("class_incremental", [None])[-1], result["seconds"]]
             require(result["complete"] is True and all(math.isfinite(v or 0) for v in row), "unfinished")
             seeds = settings.setdefault((" ".join(name.split()), str(args["precision"])), {})
             require(seed not in seeds, f"seed {seed} of this setting is counted already")
@@ -704,11 +716,11 @@ def report(folder, style="text"):
         except Exception as error:  # whatever else lies there under this name
             print(f"left out: {path} ({one_line(error)})", file=sys.stderr)
     require(settings, f"--report {folder}: no finished results.json in or below it")
-    rows = [["setting", "precision", "AA", "FM", "LA", "seeds", "time"]]
+    rows = [["setting", "precision", "AA", "FM", "LA", "class-inc.", "seeds", "time"]]
     for column, dataset in (1, "cifar100"), (3, "tinyimagenet"):
         for line in REPORTED if any(name.startswith(f"{dataset},") for name, _ in settings) else []:
             cells = line.split(" | ")
-            rows.append([f"{dataset}: {cells[0]} (reported)", "-", *cells[column:column + 2], "-", "-", "-"])
+            rows.append([f"{dataset}: {cells[0]} (reported)", "-", *cells[column:column + 2], "-", "-", "-", "-"])
     for setting, seeds in settings.items():
         *metrics, seconds = zip(*seeds.values())
         numbers, cells = " ".join(map(str, seeds)), ["-" if None in m else mean_std(m) for m in metrics]
@@ -772,6 +784,7 @@ def make_parser(dataset="cifar100", optimizer="muon"):
     add("--lam", type=weight, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=weight, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--sp-tasks", type=number(int, 0, 100_000), default=0, help="L_sp from so many drawn tasks; 0: all")
+    add("--sp-updates", choices=("prototypes", "all"), default="prototypes", help="what L_sp moves")
     add("--temperature", type=rate, default=2.0, help="of the distillation")
     add("--proto-size", type=number(int, 1, 256), default=10, help="side of a prototype")
     add("--proto-init", choices=("semantic", "random"), default="semantic", help="an image, or noise")

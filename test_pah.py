@@ -116,14 +116,15 @@ def test_values_of_the_three_losses():
     ("hm", {"backbone", "hypernetwork", "own"}),
     ("sm", {"backbone", "hypernetwork", "earlier"}),
     ("sp", {"earlier"}),
+    ("sp of all", {"backbone", "hypernetwork", "earlier"}),
 ])
 def test_what_each_loss_reaches(loss, reached):
     model, _, x, y = pair()
     model.eval()  # so that the two passes below are of the same function
     teacher = Teacher(fill(PAH(ResNet18(4), K, C, proto_size=6, hidden=8)), 2)  # 0 and 1 are earlier, 3 is to come
-    total = lambda lam, mu: pah.joint_loss(model, teacher, x, y, 2, lam, mu)[0]
-    value = {"hm": lambda: total(0, 0), "sm": lambda: total(1, 0) - total(0, 0),
-             "sp": lambda: total(0, 1) - total(0, 0)}[loss]()
+    total = lambda lam, mu, updates="prototypes": pah.joint_loss(model, teacher, x, y, 2, lam, mu, sp_updates=updates)[0]
+    value = {"hm": lambda: total(0, 0), "sm": lambda: total(1, 0) - total(0, 0), "sp": lambda: total(0, 1) - total(0, 0),
+             "sp of all": lambda: total(0, 1, "all") - total(0, 0)}[loss]()
     names, parameters = zip(*model.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(value, parameters)))
     for name, gradient in gradients.items():
@@ -180,14 +181,21 @@ def test_metrics_by_hand():
     assert (pah.average_accuracy([[42.0]]), pah.forgetting([[42.0]]), pah.backward_transfer([[42.0]])) == (42, 0, 0)
 
 def test_evaluate():
+    """Two tasks, of 7 and 3 images; without the task told the largest of six logits decides."""
     model, *_ = pair()
-    images = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
     statistics = {n: b.clone() for n, b in model.named_buffers()}
-    want = copy.deepcopy(model).eval()(pah.normalise(images), 2).argmax(1)
-    assert pah.evaluate(model, 2, images, want) == 100 and model.training
-    wrong = torch.cat([want[:5], (want[5:] + 1) % C])
-    assert pah.evaluate(model.eval(), 2, images, wrong) == pytest.approx(500 / 7) and not model.training
-    assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
+    plain = copy.deepcopy(model).eval()
+    logits = torch.stack([plain(pah.normalise(images), k) for k in (0, 1)], 1)
+    labels = torch.cat([logits[:7, 0].argmax(1), logits[7:, 1].argmax(1)])
+    all_told = (logits.flatten(1).argmax(1) == labels + C * (torch.arange(10) > 6)).double()
+    labels[5:7] = (labels[5:7] + 1) % C
+    tasks = [pah.Task(["a", "b", "c"], None, None, images[i], labels[i]) for i in (slice(7), slice(7, 10))]
+    row, untold = pah.evaluate(model, tasks)
+    assert row == [pytest.approx(500 / 7), 100] and model.training
+    assert untold == pytest.approx(50 * (all_told[:5].sum() / 7 + all_told[7:].mean())) and 0 < all_told.mean() < 1
+    pah.evaluate(model.eval(), tasks)
+    assert not model.training and all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
 
 def test_backbone_is_torchvisions():
     from torchvision.models import resnet18
@@ -337,7 +345,7 @@ def test_seeds_and_nothing_else_decide(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags", [["--head", "stored"], ["--head", "vector"], ["--joint"], ["--proto-init", "random"],
                                    ["--precision", "bf16", "--stem", "7x7", "--width", "8"],
                                    ["--val-fraction", "0.2", "--shuffle-classes"], ["--optimizer", "adamw"],
-                                   ["--stem", "7x7", "--image-size", "32"], ["--sp-tasks", "1", "--stop-after", "3"]])
+                                   ["--stem", "7x7", "--image-size", "32"], ["--sp-tasks", "1", "--sp-updates", "all", "--stop-after", "3"]])
 def test_every_kind_of_run_ends(flags, tmp_path):
     run_main(*TINY_RUN, "--stop-after", 2, "--out", tmp_path, *flags)
     r = results(tmp_path)
@@ -368,14 +376,14 @@ def test_compile_makes_no_graph_after_the_second_task(tmp_path, monkeypatch):
     monkeypatch.setattr(pah, "joint_loss", noted)
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     evaluate = pah.evaluate
-    monkeypatch.setattr(pah, "evaluate", lambda model, task, *a: (
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]), evaluate(model, task, *a))[1])
+    monkeypatch.setattr(pah, "evaluate", lambda *a: (
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]), evaluate(*a))[1])
     torch._dynamo.reset()
     for name in "eager", "compiled":
         torch._dynamo.utils.counters.clear()
         flags = ["--compile"] if name == "compiled" else []
         run_main(*TINY_RUN, "--width", 8, "--precision", "bf16", *flags, "--lr", 0.001, "--out", tmp_path / name)
-    assert graphs[-15] > 0 and graphs[-12] == graphs[-1], graphs[-15:]  # 1 + 2 + 3 + 4 + 5 evaluations
+    assert graphs[-5] > 0 and graphs[-3] == graphs[-1], graphs[-5:]
     torch.testing.assert_close(torch.stack(losses["compiled"]), torch.stack(losses["eager"]), rtol=0.02, atol=0.02)
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, capsys, monkeypatch):
@@ -649,8 +657,9 @@ def test_results_and_files(learned):
 def test_checkpoint_predicts_and_holds_no_image_and_no_head(learned):
     model = load_checkpoint(learned / "seed0/checkpoint.pt")
     tasks = split_tasks(load_dataset("synthetic"), 5)
-    row = [pah.evaluate(model, k, t.test_images, t.test_labels) for k, t in enumerate(tasks)]
+    row, untold = pah.evaluate(model, tasks)
     assert row == results(learned)["accuracy"][-1] and not model.training
+    assert untold == results(learned)["class_incremental"][-1]
     saved = torch.load(learned / "seed0/checkpoint.pt", weights_only=True)
     assert set(saved["model"]) == set(PAH(ResNet18(8), 5, 4).state_dict())
     assert not any(isinstance(v, torch.Tensor) for v in saved.values())
@@ -727,8 +736,8 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
     model, name = saved["model"], "backbone.conv1.weight"
-    for bad in (whole[:len(whole) // 2], b"", b"garbage", {"something": "else"}, {"format": 2, "args": Evil()},
-                saved | {"format": 1}, saved | {"model": model | {name: model[name][:1]}}, saved | {"accuracy": []},
+    for bad in (whole[:len(whole) // 2], b"", b"garbage", {"something": "else"}, {"format": 3, "args": Evil()},
+                saved | {"format": 2}, saved | {"model": model | {name: model[name][:1]}}, saved | {"accuracy": []},
                 saved | {"model": model | {"extra": model[name]}}, saved | {"args": {}},
                 saved | {"model": {n: v for n, v in model.items() if n != name}},
                 {k: v for k, v in saved.items() if k != "images"}):
@@ -756,7 +765,7 @@ def test_report(tmp_path, capsys):
         folder = tmp_path / name / f"seed{seed}"
         folder.mkdir(parents=True)
         args = vars(pah.parse_args(["--dataset", "synthetic"])) | {"out": name, "seeds": [seed]} | options
-        r = dict(args=args, seed=seed, AA=AA, FM=FM, LA=AA + 1, seconds=61, complete=complete)
+        r = dict(args=args, seed=seed, AA=AA, FM=FM, LA=AA + 1, seconds=61, complete=complete, class_incremental=[7, AA / 2])
         (folder / "results.json").write_text(json.dumps(r))
     leave("a", 0, 80.0, 1.0), leave("a", 1, 82.0, 3.0), leave("b", 0, 40.0, 50.0, lam=0.0)
     leave("c", 0, 90.0, None, joint=True), leave("d", 0, 1.0, 1.0, complete=False)
@@ -770,14 +779,14 @@ def test_report(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
         "synthetic, 5 tasks", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint"], out
-    assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "0 1" in out and "0:01:01" in out
+    assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "40.50 ± 0.71" in out and "0 1" in out and "0:01:01" in out
     assert err.count("left out") == 14 == err.count("\n") and "d/seed0" in err and "counted already" in err
     run_main("--report", tmp_path, "--format", "markdown")
-    assert all(line.count("|") == 8 for line in capsys.readouterr().out.splitlines())
+    assert all(line.count("|") == 9 for line in capsys.readouterr().out.splitlines())
     leave("l", 0, 70.0, 2.0, dataset="a&b_50%#~")
     run_main("--report", tmp_path, "--format", "latex")
     out = capsys.readouterr().out
-    assert out.count(" & ") == 30 and "81.00 $\\pm$ 1.41" in out and r"a\&b\_50\%\#\~{}, 5 tasks" in out
+    assert out.count(" & ") == 35 and "81.00 $\\pm$ 1.41" in out and r"a\&b\_50\%\#\~{}, 5 tasks" in out
     assert "no finished results.json" in fails(capsys, "--report", tmp_path / "g/results.json")
     leave("m", 0, 70.0, 2.0, dataset="cifar100", tasks=10)
     run_main("--report", tmp_path)
