@@ -303,7 +303,7 @@ def augment(images, pad, flip=True):
 def train_task(model, loss, images, labels, args, progress):
     """Train on the uint8 images (N, 3, H, W) and labels (N,) of one task with loss(model, images=, labels=),
     like `joint_loss`; after each step call progress(step, steps, batch, losses (steps, 3)). Under torchrun
-    all processes draw the same batch, and each takes its share. Returns the number of images."""
+    all processes draw the same batch, and each takes its share."""
     device = model.prototypes.device
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] // 2:
         images = images.to(device)
@@ -336,7 +336,6 @@ def train_task(model, loss, images, labels, args, progress):
             progress(step + 1, total, batch, losses)
         require(all(value.isfinite().all() for value in model.state_dict().values()),
                 f"weights are no numbers after epoch {epoch + 1}: a lower --lr, or --precision fp32?")
-    return batch * total
 
 def print_progress(task, args, tasks_after, start, step, steps, batch, losses):
     """The line that says how a task goes: updated in place on a terminal, once an epoch elsewhere."""
@@ -394,16 +393,16 @@ def learn(args, seed, tasks, signature, seeds_after=0):
             images = torch.cat([t.train_images for t in tasks[:last]])
             labels = torch.cat([t.train_labels + i * args.classes for i, t in enumerate(tasks[:last])])
         progress = functools.partial(print_progress, k, args, last - k - 1 + seeds_after * last, start)
-        state["images"] += train_task(model, loss, images, labels, args, progress)
-        state["training_seconds"] += time.perf_counter() - start
-        for values, new in zip((R, state["class_incremental"]), evaluate(model, tasks[:k + 1])):
-            values.append(new)
+        train_task(model, loss, images, labels, args, progress)
+        row, class_incremental = evaluate(model, tasks[:k + 1])
+        R.append(row)
+        state["class_incremental"].append(class_incremental)
         state["seconds"] += time.perf_counter() - start
         state["result"] = summary(state, model, complete=k + 1 == last)
         if RANK == 0:
             save(folder, state, model)
         print(f"task {k + 1:>2}/{args.tasks}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
-              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.0f}" for a in R[-1]], flush=True)
+              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.0f}" for a in row[-10:]], flush=True)
     return state["result"]
 # ------------------------------ Data: uint8 tensors, sorted by class, cached in one file
 SPLITS = "train_images train_labels test_images test_labels"
@@ -614,8 +613,7 @@ def start_or_resume(args, seed, signature, folder, last):
     fresh = {"format": FORMAT, "args": vars(args), "seed": seed, "data": signature}
     if not (folder / "checkpoint.pt").exists():
         require(not (folder / "results.json").exists(), f"{folder} has only results: move them away")
-        return build(args), fresh | {"accuracy": [], "class_incremental": [], "seconds": 0.0,
-                                     "training_seconds": 0.0, "images": 0}
+        return build(args), fresh | {"accuracy": [], "class_incremental": [], "seconds": 0.0}
     saved, model = read_checkpoint(folder / "checkpoint.pt")
     there, now = (run["args"] | {"seed": run["seed"], "images": run["data"]} for run in (saved, fresh))
     may_differ = SAME_RESULT if args.joint else SAME_RESULT | {"stop_after"}
@@ -668,9 +666,8 @@ def summary(state, model, complete):
         "args": state["args"], "seed": state["seed"], "accuracy": R, "AA": average_accuracy(R),
         "FM": None if joint else forgetting(R), "BWT": None if joint else backward_transfer(R),
         "LA": None if joint else learning_accuracy(R), "class_incremental": state["class_incremental"],
-        "seconds": state["seconds"],
-        "images_per_second": state["images"] / state["training_seconds"], "parameters": sizes,
-        "peak_memory_bytes": peak_memory(device), "processes": WORLD, "complete": complete,
+        "seconds": state["seconds"], "parameters": sizes, "peak_memory_bytes": peak_memory(device),
+        "processes": WORLD, "complete": complete,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu {torch.get_num_threads()}",
         "versions": {"python": sys.version[:6], "torch": str(torch.__version__), "numpy": np.__version__}}
 
@@ -837,7 +834,6 @@ def parse_args(argv=None):
     require(not args.pretrained or (args.stem, args.width) == ("7x7", 64),
             "--pretrained: needs --stem 7x7 and --width 64, the network whose weights torchvision has")
     require((args.stop_after or 1) <= args.tasks, f"--stop-after {args.stop_after}: of {args.tasks} tasks")
-    require(WORLD == 1 or not args.bench, "--bench: is for one process")
     require(args.batch_size % WORLD == 0 and args.batch_size >= 2 * WORLD,
             f"--batch-size {args.batch_size}: {WORLD} processes must share it evenly, two or more each")
     return args
@@ -872,7 +868,7 @@ def run(args):
             result = learn(args, seed, tasks, data.signature, seeds_after=len(args.seeds) - 1 - i)
         results.append({key: result[key] for key in ("AA", "FM", "BWT", "LA") if result[key] is not None})
         print(*[f"{key} {value:.2f} " for key, value in results[-1].items()],
-              f"{timedelta(seconds=round(result['seconds']))}  {result['images_per_second']:,.0f} images/s")
+              timedelta(seconds=round(result["seconds"])))
     if len(results) > 1:
         spread = [f"{key} {mean_std([metrics[key] for metrics in results])}" for key in results[0]]
         print(len(results), "seeds:", ", ".join(spread))
@@ -881,8 +877,6 @@ def main(argv=None):
     """Returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     if RANK or sys.stdout is None:  # under torchrun one process speaks
         sys.stdout = open(os.devnull, "w")
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt  # glibc: keep freed memory; anew it takes up to a third of a step
         mallopt(-4, 0)

@@ -353,7 +353,7 @@ def test_every_kind_of_run_ends(flags, tmp_path):
     load_checkpoint(tmp_path / "seed0/checkpoint.pt")
     if flags == ["--joint"]:  # of two tasks: it trains on and is scored on these
         assert [len(row) for row in r["accuracy"]] == [2] and r["FM"] is None
-        assert r["images_per_second"] > 0 and not weights(tmp_path)["prototypes"][2:].any()
+        assert not weights(tmp_path)["prototypes"][2:].any()
 
 def test_progress_fits_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -423,9 +423,8 @@ def test_torchrun_is_the_same_run(tmp_path):
 
 def test_torchrun_shares_evenly(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pah, "WORLD", 3)
-    for flags, says in (["--batch-size", 64], "--batch-size 64"), (["--batch-size", 3], "--batch-size 3"), (
-            ["--bench", "--batch-size", 66], "--bench"):
-        assert says in fails(capsys, "--dataset", "synthetic", "--out", tmp_path, *flags)
+    for size in 64, 3:
+        assert f"--batch-size {size}" in fails(capsys, "--dataset", "synthetic", "--out", tmp_path, "--batch-size", size)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     monkeypatch.setattr(pah, "WORLD", 500)
     assert "has 800 images" in fails(capsys, "--dataset", "synthetic", "--batch-size", 1000, "--out", tmp_path)
@@ -650,7 +649,7 @@ def test_results_and_files(learned):
     assert r["AA"] == pah.average_accuracy(r["accuracy"]) and r["FM"] == pah.forgetting(r["accuracy"])
     assert r["BWT"] == pah.backward_transfer(r["accuracy"]) and r["LA"] == pah.learning_accuracy(r["accuracy"])
     assert r["parameters"]["prototypes_per_task"] == 4 * 3 * 10 * 10 and r["args"]["lam"] == 1
-    assert r["seconds"] > 0 and r["images_per_second"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
+    assert r["seconds"] > 0 and r["peak_memory_bytes"] > 2**20 and r["versions"]["torch"]
     assert {p.name for p in folder.iterdir()} == {"results.json", "checkpoint.pt", "prototypes.png", "accuracy.png", ".pah-lock"}
     assert Image.open(folder / "prototypes.png").size == (4 * 42 + 2, 5 * 42 + 2)
 
@@ -854,11 +853,10 @@ def test_out_of_memory_and_other_errors(capsys, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="a defect"):  # is not hidden
         pah.main([*TINY_RUN, "--out", str(tmp_path)])
 
-def test_standard_output_that_is_closed_or_poor(learned):
+def test_standard_output_that_is_closed(learned):
     command = f"{sys.executable} {pah.__file__} --report {learned}"
     for how, code in (">&-", 0), ("| (exec <&-; sleep 3)", 2), ("", 0):
-        done = subprocess.run(["bash", "-c", f"{command} {how}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        done = subprocess.run(["bash", "-c", f"{command} {how}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
         assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr, done.stderr
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
