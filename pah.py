@@ -117,9 +117,8 @@ def distillation(new, old, temperature=2.0):
 
 def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0, updates="prototypes"):
     """L_sp (Eq. 6): earlier tasks' prototypes as images, student against teacher, each with its task's head;
-    mean over prototypes, sum over tasks. The gradient reaches prototypes alone: weights are constants, and
-    BatchNorm uses running statistics; updates="all" lets it reach the weights too, as rehearsal would.
-    `drawn` > 0: so many random tasks stand for all, unbiased."""
+    mean over prototypes, sum over tasks. BatchNorm uses running statistics. The gradient reaches prototypes
+    alone, or updates="all" also the weights. `drawn` > 0: so many random tasks stand for all, unbiased."""
     n = len(teacher.heads)
     tasks = torch.randperm(n, device=model.prototypes.device)[:drawn] if 0 < drawn < n else slice(n)
     prototypes, old_heads = model.prototypes[tasks], teacher.heads[tasks]
@@ -178,9 +177,9 @@ def learning_accuracy(R):
 
 @torch.no_grad()
 def evaluate(model, tasks):
-    """Accuracies in eval mode on all `tasks` so far, each with test_images, uint8 (N, 3, H, W), and test_labels
-    (N,), class numbers within it: a row of R. And their mean were the task not told: class-incremental, the
-    largest logit of all heads decides. The model's mode is left as it was."""
+    """A row of R, accuracies in eval mode on all `tasks` so far, which have test_images, uint8 (N, 3, H, W), and
+    test_labels (N,), class numbers within them; and their mean if the largest logit of all heads decides, the
+    task not told (class-incremental)."""
     training, device, heads = model.training, model.prototypes.device, model.heads(len(tasks))
     right = torch.zeros(2, len(tasks), dtype=torch.float64, device=device)
     model.eval()
@@ -703,11 +702,11 @@ def report(folder, style="text"):
         try:
             result = json.loads(path.read_text() if path.is_file() else "")
             args, seed = result["args"], int(result["seed"])
-            name = f"{Path(args['dataset']).name}, {args['tasks']} tasks {' '.join(options_named(args))}"
+            name = [f"{Path(args['dataset']).name}, {args['tasks']} tasks", *options_named(args)]
             row = [result[key] for key in ("AA", "FM", "LA")]
             row += [result.get("class_incremental", [None])[-1], result["seconds"]]
             require(result["complete"] is True and all(math.isfinite(v or 0) for v in row), "unfinished")
-            seeds = settings.setdefault((" ".join(name.split()), str(args["precision"])), {})
+            seeds = settings.setdefault((" ".join(name), str(args["precision"])), {})
             require(seed not in seeds, f"seed {seed} of this setting is counted already")
             seeds[seed] = row
         except Exception as error:  # whatever else lies there under this name
@@ -723,8 +722,7 @@ def report(folder, style="text"):
         numbers, cells = " ".join(map(str, seeds)), ["-" if None in m else mean_std(m) for m in metrics]
         rows.append([*setting, *cells, numbers, str(timedelta(seconds=round(np.mean(seconds))))])
     if style == "latex":
-        special = {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "±": r"$\pm$"}
-        special = str.maketrans(special | {c: "\\" + c for c in "&%$#_{}"})
+        special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"±": r"$\pm$"})
         rows = [[cell.translate(special).replace("--", "-{}-") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     if style == "markdown":
@@ -815,9 +813,8 @@ def options_named(args):
     """The options that are not the default, as one types them."""
     default = make_parser(args["dataset"], args["optimizer"]).get_default
     unsaid = SAME_RESULT | {"dataset", "tasks", "precision", "classes"}
-    given = {name: value for name, value in args.items() if name not in unsaid and value != default(name)}
-    names = ["--" + name.replace("_", "-") for name in given]
-    return [name if value is True else f"{name} {value}" for name, value in zip(names, given.values())]
+    given = [(name, value) for name, value in args.items() if name not in unsaid and value != default(name)]
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given]
 
 def parse_args(argv=None):
     given = make_parser().parse_known_args(argv)[0]

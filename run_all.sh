@@ -34,6 +34,7 @@ ablations() { # name, flags: one thing changed at a time
   for size in 5 16 20 30; do job "$1-size$size" "${@:2}" --proto-size "$size"; done
   job "$1-random" "${@:2}" --proto-init random
   job "$1-sp-tasks2" "${@:2}" --sp-tasks 2
+  job "$1-sp-updates-all" "${@:2}" --sp-updates all --mu 0.3
 }
 
 if [[ $quick ]]; then
@@ -44,6 +45,8 @@ else
   folder=runs seeds=(0 1 2)
   benchmark cifar100-10 --dataset cifar100
   ablations cifar100-10 --dataset cifar100
+  benchmark cifar100-50 --dataset cifar100 --tasks 50
+  job cifar100-50-sp-updates-all --dataset cifar100 --tasks 50 --sp-updates all --mu 0.3
   benchmark tinyimagenet-10 --dataset tinyimagenet
   benchmark tinyimagenet-20 --dataset tinyimagenet --tasks 20
 fi

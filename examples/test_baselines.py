@@ -1,5 +1,6 @@
 """Tests of baselines.py on the synthetic data."""
-import argparse, json
+import argparse, json, re
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,7 @@ def test_reservoir():
 def test_matching_finds_the_rows_and_their_weights():
     torch.manual_seed(0)
     rows = F.normalize(torch.randn(40, 60))
+    rows[8] = F.normalize(rows[7] + 0.5 * rows[9], dim=0)  # almost row 7, whose part is covered already
     chosen, weights = baselines.matching(rows, 3 * rows[7] + 2 * rows[21] + rows[30], 3, ridge=0)
     assert sorted(chosen) == [7, 21, 30]
     torch.testing.assert_close(weights[[chosen.index(i) for i in (7, 21, 30)]], torch.tensor([3.0, 2.0, 1.0]))
@@ -235,3 +237,25 @@ def test_report_of_pah(tmp_path, capsys):
         run("si", tmp_path, "--strength", 7)
     assert pah.main(["--report", str(tmp_path)]) == 0
     assert "--method si --strength 7.0" in capsys.readouterr().out
+
+def test_readme_tables_are_what_report_prints(capsys):
+    """A row's numbers are those of the last command above it, with the flags in the row."""
+    root = Path(pah.__file__).parent
+    assert pah.main(["--report", str(root / "assets/results"), "--format", "markdown"]) == 0
+    printed, shown, command = {}, set(), ""
+    for line in capsys.readouterr().out.splitlines():
+        name, precision, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        printed[name] = cells
+    for line in (root / "README.md").read_text().splitlines():
+        command = (re.findall("`python ([^`]*)`", line) or [command])[-1]
+        words, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or len(cells) != 6 or not cells[0][:1].isdigit() or not cells[5]:
+            continue
+        script, *flags = f"{command} {' '.join(re.findall('`(.*?)`', words))}".split()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pah, "make_parser", baselines.make_parser if "baselines" in script else pah.make_parser)
+            args = vars(pah.parse_args(flags))
+            name = f"{args['dataset']}, {args['tasks']} tasks {' '.join(pah.options_named(args))}".strip()
+        assert printed[name] == cells, name
+        shown.add(name)
+    assert len(shown) > 8 and shown == {name for name in printed if " tasks" in name}
