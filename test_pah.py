@@ -288,6 +288,12 @@ def test_augmentation():
         assert len(matches) == 1
         seen |= set(matches)
     assert len(seen) == 50 and torch.equal(pah.augment(images, pad=0, flip=False), images)
+class Evil:
+    """An object that runs a command where it is unpickled."""
+    def __init__(self, folder):
+        self.folder = folder
+    def __reduce__(self):
+        return os.system, (f"touch {self.folder}/executed",)
 def raising(error):
     def raise_it(*args, **kwargs):
         raise error
@@ -544,9 +550,6 @@ def folder(tmp_path):
     return root
 def test_folder_and_its_cache(folder, tmp_path, capsys):
     """A cache that is damaged, made of other files, or holds pickled objects is built anew; no code in it is run."""
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/executed",)
     root = tmp_path / "data"
     data = load_dataset(str(folder), root, 16)
     assert data.classes == ["cat", "dög"] and data.train_images.shape == (8, 3, 16, 16)
@@ -555,7 +558,7 @@ def test_folder_and_its_cache(folder, tmp_path, capsys):
     assert cache.name.startswith("pah-folder-my images-")
     blob, saved = cache.read_bytes(), torch.load(cache, weights_only=True)
     capsys.readouterr()
-    for bad in blob[:len(blob) // 2], b"", {"data": [Evil()]}, {"data": saved["data"][:3]}, {"source": "other"}:
+    for bad in blob[:len(blob) // 2], b"", {"data": [Evil(tmp_path)]}, {"data": saved["data"][:3]}, {"source": "other"}:
         cache.write_bytes(bad) if isinstance(bad, bytes) else torch.save(saved | bad, cache)
         assert torch.equal(load_dataset(str(folder), root, 16).train_images, data.train_images)
         assert "reading" in capsys.readouterr().err and not (tmp_path / "executed").exists()
@@ -653,9 +656,8 @@ def test_results_and_files(learned):
     assert Image.open(folder / "prototypes.png").size == (4 * 42 + 2, 5 * 42 + 2)
 
 def test_checkpoint_predicts_and_holds_no_image_and_no_head(learned):
-    model = load_checkpoint(learned / "seed0/checkpoint.pt")
+    model, r = load_checkpoint(learned / "seed0/checkpoint.pt"), results(learned)
     tasks = split_tasks(load_dataset("synthetic"), 5)
-    r = results(learned)
     assert pah.evaluate(model, tasks) == (r["accuracy"][-1], r["class_incremental"][-1]) and not model.training
     saved = torch.load(learned / "seed0/checkpoint.pt", weights_only=True)
     assert set(saved["model"]) == set(PAH(ResNet18(8), 5, 4).state_dict())
@@ -665,8 +667,7 @@ def test_checkpoint_predicts_and_holds_no_image_and_no_head(learned):
     assert (small[:, None] - saved["model"]["prototypes"][1]).abs().amax((2, 3, 4)).min() > 1e-3  # learned, not images
 
 SLOW_WRITER = """
-import sys, time, torch, pah
-save = torch.save
+import sys, time, torch, pah; save = torch.save
 torch.save = lambda value, path: (open(path, "wb").write(b"half"), time.sleep(0.3), save(value, path))
 sys.exit(pah.main(sys.argv[1:]))
 """
@@ -693,8 +694,7 @@ def test_killed_anywhere(tmp_path):
             (folder / ".checkpoint.pt.pah-writes").unlink()  # for the next wait; a run would write over it
     assert same(weights(tmp_path / "whole"), weights(folder.parent)) and len(results(folder.parent)["accuracy"]) == 3
 
-def test_a_full_disk(tmp_path, capsys, monkeypatch):
-    """One line, and the last checkpoint is untouched."""
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     run_main(*TINY_RUN, "--stop-after", 1, "--out", tmp_path)
     before = (tmp_path / "seed0/checkpoint.pt").read_bytes()
     def full(value, path):
@@ -729,11 +729,8 @@ def test_what_a_folder_holds(tmp_path, capsys, monkeypatch):
     run_main(*tiny, "--stop-after", 1, "--resume")
     assert results(out)["complete"]
     whole, saved = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/executed",)
     model, name = saved["model"], "backbone.conv1.weight"
-    for bad in (whole[:len(whole) // 2], b"", b"garbage", {"something": "else"}, {"format": 3, "args": Evil()},
+    for bad in (whole[:len(whole) // 2], b"", b"garbage", {"something": "else"}, {"format": 3, "args": Evil(tmp_path)},
                 saved | {"format": 2}, saved | {"model": model | {name: model[name][:1]}}, saved | {"accuracy": []},
                 saved | {"model": model | {"extra": model[name]}}, saved | {"args": {}},
                 saved | {"model": {n: v for n, v in model.items() if n != name}},
@@ -794,8 +791,7 @@ def test_report(tmp_path, capsys):
 def test_bench(capsys):
     run_main("--dataset", "synthetic", "--width", 4, "--bench", "--sp-tasks", 1)
     out = capsys.readouterr().out
-    for words in "task 1 ", "task 2 ", "task 3 ", "task 5 ", "peak memory:", "predicted: 0:":
-        assert words in out
+    assert all(words in out for words in ("task 1 ", "task 2 ", "task 3 ", "task 5 ", "peak memory:", "predicted: 0:"))
     assert all(len(line) <= 80 for line in out.splitlines())
 
 def test_run_all(tmp_path):
@@ -809,8 +805,7 @@ case "$*" in
 esac
 """)
     stub.chmod(0o755)
-    script = tmp_path / "run_all.sh"
-    script.write_text((HERE / "run_all.sh").read_text())
+    script = shutil.copy(HERE / "run_all.sh", tmp_path)
     for flags, count in (["--quick"], 19), (["--epochs", "3"], 35):
         done = subprocess.run(["bash", script, *flags], capture_output=True, text=True, env=os.environ | {"PYTHON": str(stub)})
         assert done.returncode == 0 and "1:02:03" in done.stdout, done.stderr
@@ -824,8 +819,8 @@ def test_default_output_folder_and_data_set_names():
     assert out() == out("--precision", "auto") == "runs/cifar100-10" != out("--precision", "fp32", "--epochs", "3")
     assert out("--lam", "0", "--mu", "0") == "runs/cifar100-10-lam-0.0-mu-0.0" and out("--joint") == "runs/cifar100-10-joint"
     assert pah.parse_args(["--dataset", "./small/"]).dataset == pah.parse_args(["--dataset", "small"]).dataset == "small"
-    assert pah.parse_args(["--optimizer", "adamw"]).lr == 0.002 and pah.parse_args(["--dataset", "synthetic"]).lr == 0.01
-    assert pah.parse_args(["--optimizer", "adamw", "--lr", "0.5"]).lr == 0.5
+    rates = [pah.parse_args(flags.split()).lr for flags in ("--optimizer adamw", "--dataset synthetic", "--optimizer adamw --lr 3")]
+    assert rates == [0.002, 0.01, 3]
 
 @pytest.mark.parametrize("flags, says", [
     ("--dataset nowhere", "nowhere: no folder train/"), ("--dataset synthetic --tasks 3", "do not divide"),
