@@ -880,8 +880,7 @@ def main(argv=None):
         mallopt(-1, 2**31 - 1)
     torch.backends.cudnn.benchmark = True
     try:
-        args = parse_args(argv)
-        run(args)
+        run(parse_args(argv))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
