@@ -35,9 +35,8 @@ class MultiHead(pah.PAH):
     frozen = ()  # modules that no longer learn
 
     def __init__(self, args, backbone=None, features=None):
-        backbone = backbone or pah.ResNet18(args.width, args.stem)
-        backbone.to(memory_format=torch.channels_last)
-        super().__init__(backbone, args.tasks, args.classes, features, head="stored", precision=args.precision)
+        super().__init__(backbone or pah_build(args).backbone, args.tasks, args.classes, features, head="stored",
+                         precision=args.precision)
         self.strength = args.strength
         self.register_buffer("task", torch.tensor(-1))
 
@@ -147,8 +146,9 @@ class Memory(nn.Module):
         count = int(self.seen) + 1 + torch.arange(len(images), device=images.device)
         slots = (torch.rand(len(count), device=images.device) * count).long()
         slots = torch.where(count <= len(self.images), count - 1, slots)
-        taken = slots < len(self.images)
-        self.put(slots[taken], images=images[taken], labels=labels[taken], logits=logits[taken], tasks=task)
+        taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}  # the last one stays
+        rows, of = list(taken), list(taken.values())
+        self.put(rows, images=images[of], labels=labels[of], logits=logits[of], tasks=task)
         self.seen += len(images)
         self.filled.fill_(min(int(self.seen), len(self.images)))
 
@@ -290,7 +290,7 @@ class Columns(nn.Module):
     """A ResNet-18 for each task, which also sees the maps of all earlier ones through lateral connections."""
     def __init__(self, args):
         super().__init__()
-        self.columns = nn.ModuleList(pah.ResNet18(args.width, args.stem) for _ in range(args.tasks))
+        self.columns = nn.ModuleList(pah_build(args).backbone for _ in range(args.tasks))
         self.laterals = nn.ModuleList(nn.ModuleList() for _ in range(args.tasks))
         for k, laterals in enumerate(self.laterals):
             for c in [args.width, 2 * args.width, 4 * args.width] if k else []:
@@ -361,7 +361,7 @@ class HN2(PerTask):
     stages = 2
 
     def __init__(self, args):
-        whole = pah.ResNet18(args.width, args.stem)
+        whole = pah_build(args).backbone
         stages = [whole.layer1, whole.layer2, whole.layer3, whole.layer4]
         stem = [whole.conv1, whole.bn1, nn.ReLU(), whole.maxpool]
         super().__init__(args, nn.Sequential(*stem, *stages[:self.stages]), whole.features)
@@ -438,7 +438,7 @@ def parse_args(argv=None):
         args.strength = METHODS[args.method].strength
     return args
 
-pah_train_task, pah_summary = pah.train_task, pah.summary
+pah_build, pah_train_task, pah_summary = pah.build, pah.train_task, pah.summary
 pah_make_parser, pah_parse_args = pah.make_parser, pah.parse_args
 
 def main(argv=None):
