@@ -8,9 +8,8 @@
     python pah.py --dataset tinyimagenet --tasks 20
     python pah.py --dataset path/to/folder            # train/ and val/, one sub-folder a class
 
-No classifier head is stored: a hypernetwork generates a task's head from small learnable images, the
-prototypes of its classes; three losses keep old tasks working. The method comes first, as one block to copy.
-Equations are those of arXiv 2505.07450 (De La Fuente et al. 2025).
+No classifier head is stored: a hypernetwork generates a task's head from small learnable images, prototypes
+of its classes; three losses keep old tasks working. Equations: arXiv 2505.07450 (De La Fuente et al. 2025).
 """
 import argparse, contextlib, copy, ctypes, functools, hashlib
 import json, math, os, shutil, signal, sys, time
@@ -119,12 +118,11 @@ def soft_loss_prototypes(model, teacher, temperature=2.0, drawn=0, updates="prot
     """L_sp (Eq. 6): earlier tasks' prototypes as images, student against teacher, each with its task's head;
     mean over prototypes, sum over tasks. BatchNorm uses running statistics. The gradient reaches prototypes
     alone, or updates="all" also the weights. `drawn` > 0: so many random tasks stand for all, unbiased."""
-    n = len(teacher.heads)
+    n, training = len(teacher.heads), model.training
     tasks = torch.randperm(n, device=model.prototypes.device)[:drawn] if 0 < drawn < n else slice(n)
     prototypes, old_heads = model.prototypes[tasks], teacher.heads[tasks]
     images, each = prototypes.flatten(0, 1), old_heads.shape[:2]
     old = teacher.features(images).unflatten(0, each) @ old_heads.mT
-    training = model.training
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.prototypes]
     for p in weights if updates == "prototypes" else []:
         p.requires_grad_(False)
@@ -177,9 +175,9 @@ def learning_accuracy(R):
 
 @torch.no_grad()
 def evaluate(model, tasks):
-    """A row of R, accuracies in eval mode on all `tasks` so far, which have test_images, uint8 (N, 3, H, W), and
-    test_labels (N,), class numbers within them; and their mean if the largest logit of all heads decides, the
-    task not told (class-incremental)."""
+    """A row of R: accuracies in eval mode on `tasks`, all so far, which have test_images, uint8 (N, 3, H, W),
+    and test_labels (N,), class numbers within them. And their mean if the task is not told and the largest
+    logit of all heads decides (class-incremental)."""
     training, device, heads = model.training, model.prototypes.device, model.heads(len(tasks))
     right = torch.zeros(2, len(tasks), dtype=torch.float64, device=device)
     model.eval()
@@ -401,7 +399,7 @@ def learn(args, seed, tasks, signature, seeds_after=0):
         if RANK == 0:
             save(folder, state, model)
         print(f"task {k + 1:>2}/{args.tasks}  AA {average_accuracy(R):5.2f}  FM {forgetting(R):5.2f}  "
-              f"{timedelta(seconds=round(state['seconds']))}  |", *[f"{a:.0f}" for a in row[-10:]], flush=True)
+              f"{timedelta(seconds=round(state['seconds']))} |", *[f"{a:.0f}" for a in row[-10:]], flush=True)
     return state["result"]
 # ------------------------------ Data: uint8 tensors, sorted by class, cached in one file
 SPLITS = "train_images train_labels test_images test_labels"
@@ -661,12 +659,11 @@ def summary(state, model, complete):
     R, joint, device = state["accuracy"], state["args"]["joint"], model.prototypes.device
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     sizes |= {"prototypes": model.prototypes.numel(), "prototypes_per_task": model.prototypes[0].numel()}
-    return {
-        "args": state["args"], "seed": state["seed"], "accuracy": R, "AA": average_accuracy(R),
-        "FM": None if joint else forgetting(R), "BWT": None if joint else backward_transfer(R),
-        "LA": None if joint else learning_accuracy(R), "class_incremental": state["class_incremental"],
-        "seconds": state["seconds"], "parameters": sizes, "peak_memory_bytes": peak_memory(device),
-        "processes": WORLD, "complete": complete,
+    kept = {name: state[name] for name in ("args", "seed", "accuracy", "class_incremental", "seconds")}
+    return kept | {
+        "complete": complete, "AA": average_accuracy(R), "FM": None if joint else forgetting(R),
+        "BWT": None if joint else backward_transfer(R), "LA": None if joint else learning_accuracy(R),
+        "processes": WORLD, "parameters": sizes, "peak_memory_bytes": peak_memory(device),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu {torch.get_num_threads()}",
         "versions": {"python": sys.version[:6], "torch": str(torch.__version__), "numpy": np.__version__}}
 
@@ -713,10 +710,10 @@ def report(folder, style="text"):
             print(f"left out: {path} ({one_line(error)})", file=sys.stderr)
     require(settings, f"--report {folder}: no finished results.json in or below it")
     rows = [["setting", "precision", "AA", "FM", "LA", "class-inc.", "seeds", "time"]]
-    for column, dataset in (1, "cifar100"), (3, "tinyimagenet"):
+    for column, dataset in (0, "cifar100"), (2, "tinyimagenet"):
         for line in REPORTED if any(name.startswith(f"{dataset},") for name, _ in settings) else []:
-            cells = line.split(" | ")
-            rows.append([f"{dataset}: {cells[0]} (reported)", "-", *cells[column:column + 2], "-", "-", "-", "-"])
+            name, *cells = line.split(" | ")
+            rows.append([f"{dataset}: {name} (reported)", "-", *cells[column:column + 2], *4 * ["-"]])
     for setting, seeds in settings.items():
         *metrics, seconds = zip(*seeds.values())
         numbers, cells = " ".join(map(str, seeds)), ["-" if None in m else mean_std(m) for m in metrics]

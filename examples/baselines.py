@@ -2,11 +2,10 @@
 
     python examples/baselines.py si --dataset synthetic
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
-    python pah.py --report runs
 
-Data, tasks, backbone, training, evaluation, files, resume, tables and flags are pah.py's. A method is a class:
-`loss` on a batch, and what it does before a task, after a step and after a task. All have a head for each task.
-Learning without Forgetting is `--head stored` of pah.py itself, joint training `--joint`.
+Data, tasks, backbone, training, evaluation, files, tables and flags are pah.py's. A method is a class: `loss`
+on a batch, and what it does before a task, after a step and after a task. All have a head for each task.
+Learning without Forgetting is pah.py's `--head stored`. Default strengths are guesses, none tuned yet.
 """
 import copy, sys
 from pathlib import Path
@@ -29,14 +28,14 @@ def with_gradient(loss, weights, gradient):
     return loss.detach() + linear - linear.detach()
 
 class MultiHead(pah.PAH):
-    """A backbone and a stored head for each task, finetuned: what a method starts from. What must outlive a task
-    is a parameter or a buffer, so that checkpoints hold it."""
+    """A backbone and a stored head for each task, finetuned: what a method starts from. What must outlive a
+    task is a parameter or a buffer, so that checkpoints hold it."""
     strength = 0.0
     frozen = ()  # modules that no longer learn
 
     def __init__(self, args, backbone=None, features=None):
-        super().__init__(backbone or pah_build(args).backbone, args.tasks, args.classes, features, head="stored",
-                         precision=args.precision)
+        parts = backbone or pah_build(args).backbone, args.tasks, args.classes, features
+        super().__init__(*parts, head="stored", precision=args.precision)
         self.strength = args.strength
         self.register_buffer("task", torch.tensor(-1))
 
@@ -55,18 +54,17 @@ class MultiHead(pah.PAH):
 
     def after_step(self):
         """After each step of the optimiser."""
-
     def end_task(self, images, labels):
         """`images` are the task's training set: uint8 (N, 3, H, W)."""
 
     def stored(self):
         images = int(self.memory.filled) if hasattr(self, "memory") else 0
         others = sum(buffer.numel() for buffer in self.buffers(recurse=False) if buffer.ndim)
-        return {"weights": sum(p.numel() for p in self.parameters()), "other numbers": others, "images": images}
+        return {"weights": len(flat(self.parameters())), "other numbers": others, "images": images}
 # ------------------------------ Pulled to old weights
 class EWC(MultiHead):
     """Elastic weight consolidation (Kirkpatrick et al. 2017): + strength / 2 * sum over earlier tasks t of
-    F_t (w - w_t)^2, F_t the diagonal of the Fisher information at the end of task t. The sum of parabolas is one
+    F_t (w - w_t)^2, F_t the diagonal of the Fisher information at task t's end. The sum of parabolas is one
     about the mean of all w_t weighted with F_t, up to a constant: two numbers a weight are kept."""
     strength = 100.0
 
@@ -91,8 +89,8 @@ class EWC(MultiHead):
         self.anchor.lerp_(flat(self.parameters()).detach(), fisher / self.fisher.clamp(min=1e-30))
 
 class SI(MultiHead):
-    """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2. Importance: how much a
-    weight's path through a task lowered the task's own loss, - integral of gradient dw, over its distance^2."""
+    """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2. Importance: how much
+    a weight's path lowered the task's own loss, - integral of gradient dw, over its distance^2."""
     strength = 1.0
     damping = 0.1  # xi
 
@@ -146,7 +144,7 @@ class Memory(nn.Module):
         count = int(self.seen) + 1 + torch.arange(len(images), device=images.device)
         slots = (torch.rand(len(count), device=images.device) * count).long()
         slots = torch.where(count <= len(self.images), count - 1, slots)
-        taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}  # the last one stays
+        taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}
         rows, of = list(taken), list(taken.values())
         self.put(rows, images=images[of], labels=labels[of], logits=logits[of], tasks=task)
         self.seen += len(images)
@@ -168,8 +166,8 @@ def projected(gradient, reference):
     return gradient - (gradient @ reference / (reference @ reference)).clamp(max=0) * reference
 
 class AGEM(Replay):
-    """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are stored, and a
-    gradient may not raise the loss of `strength` of them."""
+    """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are stored, and
+    a gradient may not raise the loss of `strength` of them."""
     strength = 64
 
     def loss(self, images, labels):
@@ -177,9 +175,9 @@ class AGEM(Replay):
         if not len(rows):
             return loss
         weights = list(self.parameters())
-        gradient = flat(torch.autograd.grad(loss, weights))
-        reference = F.cross_entropy(self.replay(rows), self.memory.labels[rows])
-        return with_gradient(loss, weights, projected(gradient, flat(torch.autograd.grad(reference, weights))))
+        stored = F.cross_entropy(self.replay(rows), self.memory.labels[rows])
+        gradient, reference = (flat(torch.autograd.grad(value, weights)) for value in (loss, stored))
+        return with_gradient(loss, weights, projected(gradient, reference))
 
     def end_task(self, images, labels):
         tasks, classes, _ = self.prototypes.shape
@@ -214,8 +212,7 @@ class DERpp(DER):
     beta = 0.5
 
 def matching(gradients, target, n, ridge=0.5):
-    """n rows of `gradients` (N, G) and weights >= 0 (n,), whose weighted sum is close to `target` (G,): orthogonal
-    matching pursuit, regularised."""
+    """Regularised orthogonal matching pursuit: rows of `gradients` and weights > 0, n, with the sum `target`."""
     chosen, weights, residual = [], target[:0], target
     while len(chosen) < min(n, len(gradients)):
         gain = gradients @ residual
@@ -223,7 +220,7 @@ def matching(gradients, target, n, ridge=0.5):
         chosen.append(int(gain.argmax()))
         basis = gradients[chosen]
         gram = basis @ basis.T + ridge * torch.eye(len(chosen), device=basis.device)
-        weights = torch.linalg.solve(gram, basis @ target).clamp(min=0)
+        weights = torch.linalg.solve(gram, basis @ target).clamp(min=1e-3)
         residual = target - weights @ basis
     return chosen, weights
 
@@ -264,7 +261,7 @@ class GCR(Replay):
                 chosen, new = matching(gradients, weights[of_class] @ gradients, budget)
                 chosen = of_class[chosen]
                 pixels = x[chosen.to(x.device)].to(device)
-                kept.append((pixels, y[chosen], stored[chosen], new + 1e-3, torch.full_like(chosen, t)))
+                kept.append((pixels, y[chosen], stored[chosen], new, torch.full_like(chosen, t)))
         for name, values in zip(("images", "labels", "logits", "weights", "tasks"), zip(*kept)):
             values = torch.cat(values)
             memory.put(slice(len(values)), **{name: values})
@@ -273,6 +270,9 @@ class GCR(Replay):
 class PerTask(MultiHead):
     """`features` are those of all tasks so far, side by side; each head looks at its own. A method has
     own_features(images, tasks) -> [(B, D)] and own_heads(n) -> (n, C, D)."""
+    def autocast(self, images):
+        half = pah.HALF.get(self.precision)
+        return torch.autocast(images.device.type, half, enabled=half is not None)
     def own_heads(self, n):
         return self.prototypes[:n]
 
@@ -294,26 +294,26 @@ class Columns(nn.Module):
         self.laterals = nn.ModuleList(nn.ModuleList() for _ in range(args.tasks))
         for k, laterals in enumerate(self.laterals):
             for c in [args.width, 2 * args.width, 4 * args.width] if k else []:
-                laterals.append(nn.Sequential(nn.Conv2d(k * c, c, 1), nn.ReLU(),
-                                              nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c)))
+                down = nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c)
+                laterals.append(nn.Sequential(nn.Conv2d(k * c, c, 1), nn.ReLU(), *down))
             if k:
                 laterals.append(nn.Sequential(nn.Linear(8 * k * args.width, 8 * args.width), nn.ReLU()))
 
     def forward(self, images, tasks):
         earlier, wanted = [], []  # the maps of each column
-        for k in range(max(tasks) + 1):
-            column, maps, lateral = self.columns[k], [], self.laterals[k]
+        for k, (column, lateral) in enumerate(zip(self.columns[:max(tasks) + 1], self.laterals)):
+            maps = []
             x = column.maxpool(F.relu(column.bn1(column.conv1(images))))
             for i, layer in enumerate((column.layer1, column.layer2, column.layer3, column.layer4)):
                 x = layer(x)
                 if k and i:
                     x = F.relu(x + lateral[i - 1](torch.cat([other[i - 1] for other in earlier], 1)))
                 maps.append(x)
-            maps.append(x.mean((2, 3)))
-            beside = lateral[3](torch.cat([other[4] for other in earlier], 1)) if k else torch.zeros_like(maps[4])
-            earlier.append(maps)
+            pooled = x.mean((2, 3))
+            beside = lateral[3](torch.cat([o[4] for o in earlier], 1)) if k else torch.zeros_like(pooled)
+            earlier.append([*maps, pooled])
             if k in tasks:
-                wanted.append(torch.cat([maps[4], beside], 1).float())
+                wanted.append(torch.cat([pooled, beside], 1).float())
         return wanted
 
 class PNN(PerTask):
@@ -322,7 +322,7 @@ class PNN(PerTask):
         super().__init__(args, Columns(args), 16 * args.width)
 
     def own_features(self, images, tasks):
-        with torch.autocast(images.device.type, pah.HALF.get(self.precision), enabled=self.precision in pah.HALF):
+        with self.autocast(images):
             return self.backbone(images, tasks)
 
     def begin_task(self, task, images, labels, init=None):
@@ -331,7 +331,7 @@ class PNN(PerTask):
 
 class Generator(nn.Module):
     """Task embeddings (n, E) -> the filters behind the frozen stages, and the heads, of n tasks: each output
-    channel from a hidden vector of the task and an embedding of the channel. Each task has its own BatchNorm."""
+    channel from a hidden vector of the task and an embedding of the channel. BatchNorm is each task's own."""
     def __init__(self, tail, tasks, classes, features, size=32):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(size, 50), nn.ReLU(), nn.Linear(50, size), nn.ReLU())
@@ -354,9 +354,9 @@ class Generator(nn.Module):
         return generated
 
 class HN2(PerTask):
-    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task; all behind them comes
-    from a hypernetwork; + strength * how far what it makes for earlier tasks has moved, squared, averaged over
-    these tasks (von Oswald et al. 2020, without look-ahead). The authors train it at --hyper-lr 1e-3."""
+    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task; all behind them
+    comes from a hypernetwork; + strength * how far what it makes for earlier tasks has moved, squared, mean
+    over these tasks (von Oswald et al. 2020, without look-ahead). The authors use --hyper-lr 1e-3."""
     strength = 0.5
     stages = 2
 
@@ -374,7 +374,7 @@ class HN2(PerTask):
 
     def own_features(self, images, tasks, generated=None):
         generated, maps = generated or self.hypernetwork(self.prototypes[:max(tasks) + 1]), []
-        with torch.autocast(images.device.type, pah.HALF.get(self.precision), enabled=self.precision in pah.HALF):
+        with self.autocast(images):
             x = self.backbone(images)
             for k in tasks:
                 filters = {name: values[k] for name, values in generated.items() if name != "head"}
@@ -428,12 +428,12 @@ def summary(state, model, complete):
 def make_parser(*defaults):
     parser = pah_make_parser(*defaults)
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--strength", type=pah.number(float, 0, 1e9), help="the method's own (None: its class's)")
+    parser.add_argument("--strength", type=pah.number(float, 0, 1e9), help="None: the method's own")
     return parser
 
 def parse_args(argv=None):
     args = pah_parse_args(argv)
-    pah.require(pah.WORLD == 1 and not args.joint, "baselines run in one process, and --joint is pah.py's own")
+    pah.require(not (args.joint or args.bench or pah.WORLD > 1), "--joint, --bench, torchrun: pah.py's alone")
     if args.strength is None:
         args.strength = METHODS[args.method].strength
     return args
