@@ -5,7 +5,7 @@
 
 Data, tasks, backbone, training, evaluation, files, tables and flags are pah.py's. A method is a class: `loss`
 on a batch, and what it does before a task, after a step and after a task. All have a head for each task.
-Learning without Forgetting is pah.py's `--head stored`. Default strengths are guesses, none tuned yet.
+Learning without Forgetting is pah.py's `--head stored`. Default strengths: see assets/search.md.
 """
 import copy, sys
 from pathlib import Path
@@ -91,7 +91,7 @@ class EWC(MultiHead):
 class SI(MultiHead):
     """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2. Importance: how much
     a weight's path lowered the task's own loss, - integral of gradient dw, over its distance^2."""
-    strength = 1.0
+    strength = 30.0
     damping = 0.1  # xi
 
     def __init__(self, args):
@@ -168,7 +168,7 @@ def projected(gradient, reference):
 class AGEM(Replay):
     """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are stored, and
     a gradient may not raise the loss of `strength` of them."""
-    strength = 64
+    strength = 200
 
     def loss(self, images, labels):
         loss, rows = super().loss(images, labels), self.memory.draw(int(self.strength))
@@ -209,6 +209,7 @@ class DER(Replay):
 
 class DERpp(DER):
     """DER++: and + beta * cross-entropy of stored images."""
+    strength = 1.0
     beta = 0.5
 
 def matching(gradients, target, n, ridge=0.5):
@@ -227,7 +228,7 @@ def matching(gradients, target, n, ridge=0.5):
 class GCR(Replay):
     """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on weighted
     images, chosen after each task so that a class's weighted gradient of the head is about that of all."""
-    strength = 0.3
+    strength = 3.0
     beta = 0.5
 
     def loss(self, images, labels):
@@ -356,8 +357,8 @@ class Generator(nn.Module):
 class HN2(PerTask):
     """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task; all behind them
     comes from a hypernetwork; + strength * how far what it makes for earlier tasks has moved, squared, mean
-    over these tasks (von Oswald et al. 2020, without look-ahead). The authors use --hyper-lr 1e-3."""
-    strength = 0.5
+    over these tasks (von Oswald et al. 2020, without look-ahead). Wants --hyper-lr 1e-2 --proto-lr 1e-2."""
+    strength = 0.05
     stages = 2
 
     def __init__(self, args):
@@ -434,8 +435,7 @@ def make_parser(*defaults):
 def parse_args(argv=None):
     args = pah_parse_args(argv)
     pah.require(not (args.joint or args.bench or pah.WORLD > 1), "--joint, --bench, torchrun: pah.py's alone")
-    if args.strength is None:
-        args.strength = METHODS[args.method].strength
+    args.strength = METHODS[args.method].strength if args.strength is None else args.strength
     return args
 
 pah_build, pah_train_task, pah_summary = pah.build, pah.train_task, pah.summary
