@@ -213,7 +213,7 @@ class DERpp(DER):
     beta = 0.5
 
 def matching(gradients, target, n, ridge=0.5):
-    """Regularised orthogonal matching pursuit: rows of `gradients` and weights > 0, n, with the sum `target`."""
+    """Regularised orthogonal matching pursuit: n rows, weights > 0, the sum near `target`."""
     chosen, weights, residual = [], target[:0], target
     while len(chosen) < min(n, len(gradients)):
         gain = gradients @ residual
