@@ -877,19 +877,18 @@ def test_a_step_does_not_wait_for_the_gpu():
 README = (HERE / "README.md").read_text()
 
 def test_readme_snippets_run(learned, tmp_path, monkeypatch, capsys):
-    """Both of them, as they stand (the first with one epoch)."""
+    """Both of them and the line between, as they stand (the first with one epoch)."""
     (tmp_path / "runs").mkdir()
     os.symlink(learned, tmp_path / "runs/synthetic-5")
     monkeypatch.chdir(tmp_path)
     snippets = [block.split("```")[0] for block in README.split("```python\n")[1:]]
     assert len(snippets) == 2 and all(s.count("\n") < 22 for s in snippets)
-    scopes = []
-    for snippet in snippets:
-        scopes.append({})
-        exec(snippet.replace("range(2)", "range(1)"), scopes[-1])
-    first, second = scopes
+    first, second = {}, {}
+    exec(snippets[0].replace("range(2)", "range(1)"), first)
+    exec(snippets[1], second)
     assert pah.average_accuracy(first["R"]) > 50  # of four classes, after one epoch
-    assert second["own"](torch.zeros(2, 3, 32, 32), 9).shape == (2, 10) and second["classes"].shape == (8,)
+    own = eval(README.split("(batch, D): `")[1].split("`")[0], vars(pah) | {"backbone": nn.Flatten(), "D": 12})
+    assert own(torch.zeros(2, 3, 2, 2), 9).shape == (2, 10) and second["classes"].shape == (8,)
 
 def test_readme_names_only_flags_that_exist(capsys):
     with pytest.raises(SystemExit):

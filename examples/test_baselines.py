@@ -242,24 +242,44 @@ def test_report_of_pah(tmp_path, capsys):
     assert pah.main(["--report", str(tmp_path)]) == 0
     assert "--method si --strength 7.0" in capsys.readouterr().out
 
+def kept(folder, name):
+    """What stays after all tasks, as the README says it, of the finished run with this name."""
+    for path in folder.rglob("results.json"):
+        run = json.loads(path.read_text())
+        if name_of(run["args"]) == name:
+            parts = run.get("stored") or run["parameters"] | {"prototypes_per_task": 0}
+            images = parts.get("images")
+            numbers = sum(parts.values()) - (images or 0)
+            return f"{numbers / 1e6:.2f} M" + (f", {images} images" if images else "")
+
+def name_of(args):
+    return f"{args['dataset']}, {args['tasks']} tasks {' '.join(pah.options_named(args))}".strip()
+
 def test_readme_tables_are_what_report_prints(capsys):
-    """A row's numbers are those of the last command above it, with the flags in the row."""
+    """A row's numbers are those of the last command above it, with the flags in the row. Further cells: what the
+    run keeps, and what the paper reports."""
     root = Path(pah.__file__).parent
     assert pah.main(["--report", str(root / "assets/results"), "--format", "markdown"]) == 0
-    printed, shown, command = {}, set(), ""
+    printed, shown, reported, command = {}, set(), {}, ""
     for line in capsys.readouterr().out.splitlines():
         name, precision, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         printed[name] = cells
+    for line in pah.REPORTED:
+        name, *cells = line.split(" | ")
+        reported[name.split(",")[0]] = " / ".join(cell.split()[0] for cell in cells[:2])
     for line in (root / "README.md").read_text().splitlines():
         command = (re.findall("`python ([^`]*)`", line) or [command])[-1]
         words, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|") or len(cells) != 6 or not cells[0][:1].isdigit() or not cells[5]:
+        if not line.startswith("|") or len(cells) < 6 or not cells[0][:1].isdigit() or not cells[5]:
             continue
-        script, *flags = f"{command} {' '.join(re.findall('`(.*?)`', words))}".split()
+        flags = " ".join(re.findall("`(.*?)`", words)).split()
+        of = baselines if set(flags) & set(baselines.METHODS) else pah
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pah, "make_parser", baselines.make_parser if "baselines" in script else pah.make_parser)
-            args = vars(pah.parse_args(flags))
-            name = f"{args['dataset']}, {args['tasks']} tasks {' '.join(pah.options_named(args))}".strip()
-        assert printed[name] == cells, name
+            patch.setattr(pah, "make_parser", of.make_parser)
+            name = name_of(vars(of.parse_args(command.split()[1:] + flags)))
+        assert printed[name] == cells[:6], name
+        if len(cells) > 6:
+            method = words.split(":")[0].split(",")[0]
+            assert cells[6:] == [kept(root / "assets/results", name), reported.get(method, "")], name
         shown.add(name)
     assert len(shown) > 8 and shown == {name for name in printed if " tasks" in name}
