@@ -276,8 +276,10 @@ def test_readme_tables_are_what_report_prints(capsys):
         of = baselines if set(flags) & set(baselines.METHODS) else pah
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pah, "make_parser", of.make_parser)
-            name = name_of(vars(of.parse_args(command.split()[1:] + flags)))
+            args = of.parse_args(command.split()[1:] + flags)
+            name = name_of(vars(args))
         assert printed[name] == cells[:6], name
+        assert of is pah or args.strength == baselines.METHODS[args.method].strength  # the table's is the default
         if len(cells) > 6:
             method = words.split(":")[0].split(",")[0]
             assert cells[6:] == [kept(root / "assets/results", name), reported.get(method, "")], name
