@@ -701,7 +701,7 @@ def report(folder, style="text"):
             args, seed = result["args"], int(result["seed"])
             name = [f"{Path(args['dataset']).name}, {args['tasks']} tasks", *options_named(args)]
             row = [result[key] for key in ("AA", "FM", "LA")]
-            row += [result.get("class_incremental", [None])[-1], result["seconds"]]
+            row += [result["class_incremental"][-1], result["seconds"]]
             require(result["complete"] is True and all(math.isfinite(v or 0) for v in row), "unfinished")
             seeds = settings.setdefault((" ".join(name), str(args["precision"])), {})
             require(seed not in seeds, f"seed {seed} of this setting is counted already")
