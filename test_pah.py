@@ -763,9 +763,9 @@ def test_report(tmp_path, capsys):
         r = dict(args=args, seed=seed, AA=AA, FM=FM, LA=AA + 1, seconds=61, complete=complete, class_incremental=[7, AA / 2])
         (folder / "results.json").write_text(json.dumps(r))
     leave("a", 0, 80.0, 1.0), leave("a", 1, 82.0, 3.0), leave("b", 0, 40.0, 50.0, lam=0.0)
-    leave("c", 0, 90.0, None, joint=True), leave("d", 0, 1.0, 1.0, complete=False)
+    leave("c", 0, 90.0, None, joint=True), leave("d", 2, 1.0, 1.0, complete=False)
     leave("f", 0, 80.0, 1.0)  # seed 0 of the first setting once more: no third seed
-    leave("junk0", 0, float("nan"), 1.0), leave("junk1", 0, 80.0, 1.0, dataset=7)
+    leave("junk0", 3, float("nan"), 1.0), leave("junk1", 0, 80.0, 1.0, dataset=7)
     for i, junk in enumerate([b"{", b"[]", b"null", b'"x"', b"\xff", b"{}", b'{"args": 1}', b"[" * 100_000]):
         (tmp_path / f"e{i}").mkdir(), (tmp_path / f"e{i}/results.json").write_bytes(junk)
     (tmp_path / "g/results.json").mkdir(parents=True)
@@ -775,7 +775,7 @@ def test_report(tmp_path, capsys):
     assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
         "synthetic, 5 tasks", "synthetic, 5 tasks --lam 0.0", "synthetic, 5 tasks --joint"], out
     assert "81.00 ± 1.41" in out and "2.00 ± 1.41" in out and "40.50 ± 0.71" in out and "0 1" in out and "0:01:01" in out
-    assert err.count("left out") == 14 == err.count("\n") and "d/seed0" in err and "counted already" in err
+    assert err.count("left out") == 14 == err.count("\n") and "d/seed2" in err and "counted already" in err
     run_main("--report", tmp_path, "--format", "markdown")
     assert all(line.count("|") == 9 for line in capsys.readouterr().out.splitlines())
     leave("l", 0, 70.0, 2.0, dataset="a&b_50%#")
