@@ -20,33 +20,32 @@ for flag; do
   esac
 done
 
-job() { jobs+=("$*"); } # name, flags
-benchmark() {           # name, flags: PAH and its controls
-  job "$@"
-  job "$1-finetune" "${@:2}" --lam 0 --mu 0
-  job "$1-stored-heads" "${@:2}" --head stored
-  job "$1-vector" "${@:2}" --head vector
-  job "$1-joint" "${@:2}" --joint
+job() { jobs+=("$*"); } # name, script, options
+benchmark() {           # name, options: PAH and its controls
+  job "$1" pah.py "${@:2}"
+  job "$1-finetune" pah.py "${@:2}" --lam 0 --mu 0
+  job "$1-lwf" examples/baselines.py lwf "${@:2}"
+  job "$1-joint" examples/baselines.py joint "${@:2}"
 }
-ablations() { # name, flags: one thing changed at a time
-  for lam in 0.1 0.25 0.5 0.75; do job "$1-lam$lam" "${@:2}" --lam "$lam"; done
-  for mu in 0 0.5 2; do job "$1-mu$mu" "${@:2}" --mu "$mu"; done
-  for size in 5 16 20 30; do job "$1-size$size" "${@:2}" --proto-size "$size"; done
-  job "$1-random" "${@:2}" --proto-init random
-  job "$1-sp-tasks2" "${@:2}" --sp-tasks 2
-  job "$1-sp-updates-all" "${@:2}" --sp-updates all --mu 0.3
+ablations() { # name, options: one thing changed at a time
+  for lam in 0.1 0.25 0.5 0.75; do job "$1-lam$lam" pah.py "${@:2}" --lam "$lam"; done
+  for mu in 0 0.5 2; do job "$1-mu$mu" pah.py "${@:2}" --mu "$mu"; done
+  for size in 5 16 20 30; do job "$1-size$size" pah.py "${@:2}" --proto-size "$size"; done
+  job "$1-random" pah.py "${@:2}" --proto-init random
+  job "$1-random-mu0" pah.py "${@:2}" --proto-init random --mu 0
+  job "$1-sp-updates-all" pah.py "${@:2}" --sp-updates all --mu 0.3
 }
 
 if [[ $quick ]]; then
   folder=runs/quick seeds=(0 1)
-  benchmark synthetic-5 --dataset synthetic --width 8
-  ablations synthetic-5 --dataset synthetic --width 8
+  benchmark synthetic-5 --dataset synthetic --tasks 5 --width 8 --epochs 8
+  ablations synthetic-5 --dataset synthetic --tasks 5 --width 8 --epochs 8
 else
   folder=runs seeds=(0 1 2)
   benchmark cifar100-10 --dataset cifar100
   ablations cifar100-10 --dataset cifar100
   benchmark cifar100-50 --dataset cifar100 --tasks 50
-  job cifar100-50-sp-updates-all --dataset cifar100 --tasks 50 --sp-updates all --mu 0.3
+  job cifar100-50-sp-updates-all pah.py --dataset cifar100 --tasks 50 --sp-updates all --mu 0.3
   benchmark tinyimagenet-10 --dataset tinyimagenet
   benchmark tinyimagenet-20 --dataset tinyimagenet --tasks 20
 fi
@@ -64,9 +63,8 @@ for job in "${jobs[@]}"; do
   read -ra words <<<"$job"
   if [[ ! $name || $job != "$name"-* ]]; then # a new benchmark: measure it
     name=${words[0]}
-    predicted=$("$python" pah.py "${words[@]:1}" "${flags[@]}" --bench | grep '^predicted')
-    each=$(awk -F'[ :]' '{for (i = 3; $i ~ /^[0-9]+$/; i++) s = 60 * s + $i; print s}' <<<"$predicted")
-    echo "$name, $predicted"
+    each=$("$python" examples/bench.py "${words[@]:2}" "${flags[@]}" | sed -n 's/^predicted.* \([0-9]*\) s$/\1/p')
+    echo "$name: predicted $((each / 60)) min per seed"
   fi
   seconds=$((seconds + each * ${#seeds[@]}))
 done
@@ -80,9 +78,9 @@ worker() { # number: takes every n-th job; fails if one of them did
     read -ra words <<<"${jobs[i]}"
     log=$folder/${words[0]}.log
     if ((gpus)); then export CUDA_VISIBLE_DEVICES=${gpu[$1 % gpus]}; fi
-    if "$python" pah.py "${words[@]:1}" --seeds "${seeds[@]}" --out "$folder/${words[0]}" --resume "${flags[@]}" \
+    if "$python" "${words[@]:1}" --seeds "${seeds[@]}" --out "$folder/${words[0]}" --resume "${flags[@]}" \
       >"$log" 2>&1; then
-      echo "$((i + 1))/${#jobs[@]}  ${words[0]}:  $(grep '^AA\|seeds: AA' "$log" | tail -n 1)"
+      echo "$((i + 1))/${#jobs[@]}  ${words[0]}:  $(tail -n 1 "$log")"
     else
       echo "$((i + 1))/${#jobs[@]}  ${words[0]} failed: $(tail -n 1 "$log")"
       failed=1
@@ -99,5 +97,5 @@ for ((w = 0; w < workers; w++)); do
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || status=1; done
-"$python" pah.py --report "$folder"
+"$python" examples/report.py "$folder"
 exit $status

@@ -1,46 +1,69 @@
-"""The systems that the PAH paper compares itself with, all under one protocol: that of pah.py.
+"""Other methods under the protocol of pah.py: the same data, backbone, training and evaluation.
 
-    python examples/baselines.py si --dataset synthetic
+    python examples/baselines.py lwf --dataset synthetic --tasks 5 --width 16 --epochs 8
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
-Data, tasks, backbone, training, evaluation, files, tables and flags are pah.py's. A method is a class: `loss`
-on a batch, and what it does before a task, after a step and after a task. All have a head for each task.
-Learning without Forgetting is pah.py's `--head stored`. Default strengths: see assets/search.md.
+A method is a class with begin_task, losses and forward, and where it needs them after_step and
+end_task: `pah.learn` takes it like PAH. Default strengths were chosen on validation images.
 """
-import copy, sys
+
+import copy
+import math
+import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pah
 
-STORED_IMAGES, FISHER_IMAGES = 200, 500  # in all; of each task
+STORED_IMAGES = 200  # in all
+FISHER_IMAGES = 500  # of each task
+
 
 def flat(tensors):
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
+
 def with_gradient(loss, weights, gradient):
-    """The value of `loss`, but its gradient for `weights` is the given one, flat."""
+    """The value of `loss`, but `gradient`, flat, is its gradient for `weights`."""
     linear = flat(weights) @ gradient
     return loss.detach() + linear - linear.detach()
 
-class MultiHead(pah.PAH):
-    """A backbone and a stored head for each task, finetuned: what a method starts from. What must outlive a
-    task is a parameter or a buffer, so that checkpoints hold it."""
-    strength = 0.0
+
+class MultiHead(nn.Module):
+    """Finetuning: a backbone and a stored head for each task. Every method below starts from it.
+
+    What must outlive a task is a parameter or a buffer, so that checkpoints hold it. `flags` are
+    the options that a method knows of those which not all methods know.
+    """
+
+    strength = None
+    flags = ("stem", "pretrained")
     frozen = ()  # modules that no longer learn
+    features = pah.PAH.features
+    forward = pah.PAH.forward
 
-    def __init__(self, args, backbone=None, features=None):
-        parts = backbone or pah_build(args).backbone, args.tasks, args.classes, features
-        super().__init__(*parts, head="stored", precision=args.precision)
+    def __init__(self, args, tasks, backbone=None, dim=None):
+        super().__init__()
+        self.backbone = backbone or pah.make_backbone(args)
+        self.dtype = pah.DTYPES[args.precision]
         self.strength = args.strength
-        self.register_buffer("task", torch.tensor(-1))
+        dim = dim or pah.feature_dim(self.backbone, tasks[0].train_images.shape[-1])
+        shape = (len(tasks), max(len(task.classes) for task in tasks))
+        self.stored_heads = nn.Parameter(torch.empty(*shape, dim).uniform_(-1, 1) / math.sqrt(dim))
+        self.register_buffer("present", torch.zeros(shape, dtype=torch.bool))
 
-    def begin_task(self, task, images, labels, init=None):
-        self.task.fill_(task)
+    def begin_task(self, task, images, labels):
+        self.present[task, labels.unique()] = True
+
+    def heads(self, n):
+        return self.stored_heads[:n]
+
+    def losses(self, images, labels, task, teacher):
+        return {"ce": F.cross_entropy(self(images, task + 1)[:, task], labels)}
 
     def train(self, mode=True):
         super().train(mode)
@@ -48,86 +71,147 @@ class MultiHead(pah.PAH):
             module.eval().requires_grad_(False)
         return self
 
-    def loss(self, images, labels):
-        """Of a batch of normalised images (B, 3, H, W) of the present task and its labels (B,)."""
-        return F.cross_entropy(self(images, self.task), labels)
-
-    def after_step(self):
-        """After each step of the optimiser."""
-    def end_task(self, images, labels):
-        """`images` are the task's training set: uint8 (N, 3, H, W)."""
-
     def stored(self):
+        """What is there after all tasks: numbers, and images of a memory."""
+        others = [b.numel() for b in self.buffers(recurse=False) if b.is_floating_point()]
         images = int(self.memory.filled) if hasattr(self, "memory") else 0
-        others = sum(buffer.numel() for buffer in self.buffers(recurse=False) if buffer.ndim)
-        return {"weights": len(flat(self.parameters())), "other numbers": others, "images": images}
-# ------------------------------ Pulled to old weights
+        weights = sum(p.numel() for p in self.parameters())
+        return {"weights": weights, "other numbers": sum(others), "images": images}
+
+
+class LwF(MultiHead):
+    """Learning without Forgetting (Li and Hoiem 2016): L_hm and L_sm of PAH with stored heads."""
+
+    flags = (*MultiHead.flags, "lam", "temperature")
+
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks)
+        self.lam, self.temperature = args.lam, args.temperature
+
+    def losses(self, images, labels, task, teacher):
+        logits = self(images, task + 1)
+        terms = {"hm": F.cross_entropy(logits[:, task], labels)}
+        if teacher is not None:
+            soft_main = pah.soft_loss_main(logits[:, :task], teacher, images, self.temperature)
+            terms["sm"] = self.lam * soft_main
+        return terms
+
+
+class Joint(pah.PAH):
+    """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
+
+    strength = None
+    flags = ("stem", "pretrained", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
+
+    def begin_task(self, task, images, labels):
+        classes = self.present.shape[1]
+        for k in range(task + 1):
+            own = labels // classes == k
+            super().begin_task(k, images[own], labels[own] % classes)
+
+    def losses(self, images, labels, task, teacher):
+        logits = self(images, task + 1)
+        tasks, labels = labels // logits.shape[2], labels % logits.shape[2]
+        rows = torch.arange(len(labels), device=labels.device)
+        return {"ce": F.cross_entropy(logits[rows, tasks], labels)}
+
+
+def joined(tasks):
+    """The same tasks, but the last one has the training images of all of them."""
+    classes = max(len(task.classes) for task in tasks)
+    images = torch.cat([task.train_images for task in tasks])
+    labels = torch.cat([task.train_labels + k * classes for k, task in enumerate(tasks)])
+    return [*tasks[:-1], tasks[-1]._replace(train_images=images, train_labels=labels)]
+
+
+# -----------------------------------------------------------------------------
+# Pulled towards old weights
+
+
 class EWC(MultiHead):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017): + strength / 2 * sum over earlier tasks t of
-    F_t (w - w_t)^2, F_t the diagonal of the Fisher information at task t's end. The sum of parabolas is one
-    about the mean of all w_t weighted with F_t, up to a constant: two numbers a weight are kept."""
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): + strength / 2 * sum over earlier
+    tasks t of F_t (w - w_t)^2, F_t the diagonal of the Fisher information at the end of task t.
+
+    The sum of parabolas is one around the mean of all w_t weighted with F_t, up to a constant.
+    """
+
     strength = 100.0
 
-    def __init__(self, args):
-        super().__init__(args)
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks)
         self.register_buffer("fisher", torch.zeros_like(flat(self.parameters())))
         self.register_buffer("anchor", torch.zeros_like(self.fisher))
 
-    def loss(self, images, labels):
+    def losses(self, images, labels, task, teacher):
+        terms = super().losses(images, labels, task, teacher)
         away = flat(self.parameters()) - self.anchor
-        return super().loss(images, labels) + self.strength / 2 * (self.fisher @ away**2)
+        terms["ewc"] = self.strength / 2 * (self.fisher @ away**2)
+        return terms
 
-    def end_task(self, images, labels):
+    def end_task(self, task, images, labels):
         self.eval()
-        fisher, rows = torch.zeros_like(self.fisher), torch.randperm(len(images))[:FISHER_IMAGES]
-        for image in images[rows.to(images.device)].split(1):
-            logits = self(pah.normalise(image.to(fisher.device)), self.task)
+        fisher = torch.zeros_like(self.fisher)
+        rows = torch.randperm(len(images))[:FISHER_IMAGES].to(images.device)
+        for image in images[rows].split(1):
+            logits = self(pah.normalise(image), task + 1)[:, task]
             label = torch.distributions.Categorical(logits=logits).sample()  # as the model believes
             loss = F.cross_entropy(logits, label)
             fisher += flat(torch.autograd.grad(loss, list(self.parameters()))) ** 2 / len(rows)
         self.fisher += fisher
         self.anchor.lerp_(flat(self.parameters()).detach(), fisher / self.fisher.clamp(min=1e-30))
 
+
 class SI(MultiHead):
-    """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2. Importance: how much
-    a weight's path lowered the task's own loss, - integral of gradient dw, over its distance^2."""
+    """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2.
+
+    Importance: how much the path of a weight lowered the task's own loss, minus the integral of
+    gradient dw, over the square of its distance.
+    """
+
     strength = 30.0
     damping = 0.1  # xi
 
-    def __init__(self, args):
-        super().__init__(args)
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks)
         self.register_buffer("anchor", flat(self.parameters()).detach().clone())
-        for name in "importance", "path":
+        for name in ("importance", "path"):
             self.register_buffer(name, torch.zeros_like(self.anchor))
 
-    def loss(self, images, labels):
-        loss, weights = super().loss(images, labels), list(self.parameters())
-        self.gradient, self.before = flat(torch.autograd.grad(loss, weights)), flat(weights).detach()
+    def losses(self, images, labels, task, teacher):
+        weights = list(self.parameters())
+        loss = super().losses(images, labels, task, teacher)["ce"]
+        self.gradient = flat(torch.autograd.grad(loss, weights))
+        self.before = flat(weights).detach()
         pull = 2 * self.strength * self.importance * (self.before - self.anchor)
-        return with_gradient(loss, weights, self.gradient + pull)
+        return {"ce": with_gradient(loss, weights, self.gradient + pull)}
 
     def after_step(self):
         self.path -= self.gradient * (flat(self.parameters()).detach() - self.before)
 
-    def end_task(self, images, labels):
+    def end_task(self, task, images, labels):
         now = flat(self.parameters()).detach()
         self.importance += (self.path / ((now - self.anchor) ** 2 + self.damping)).clamp(min=0)
         self.anchor.copy_(now)
         self.path.zero_()
-# ------------------------------ Stored images
+
+
+# -----------------------------------------------------------------------------
+# Stored images
+
+
 class Memory(nn.Module):
     """A few images with their tasks, labels, logits and weights."""
-    def __init__(self, size, args):
+
+    def __init__(self, size, tasks, classes):
         super().__init__()
-        side = args.image_size or pah.SIZES.get(args.dataset, 64)
-        self.register_buffer("images", torch.zeros(size, 3, side, side, dtype=torch.uint8))
-        self.register_buffer("logits", torch.zeros(size, args.classes))
+        image = tasks[0].train_images[0]
+        self.register_buffer("images", torch.zeros(size, *image.shape, dtype=torch.uint8))
+        self.register_buffer("logits", torch.zeros(size, classes))
         self.register_buffer("weights", torch.ones(size))
-        for name in "tasks", "labels":
+        for name in ("tasks", "labels"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.long))
-        for name in "filled", "seen":
+        for name in ("filled", "seen"):
             self.register_buffer(name, torch.tensor(0))
-        self.pad, self.flip = side // 8 * (args.augment != "none"), args.augment == "crop-flip"
 
     def put(self, rows, **what):
         for name, values in what.items():
@@ -138,79 +222,102 @@ class Memory(nn.Module):
         return torch.randperm(int(self.filled), device=self.labels.device)[:n]
 
     def offer(self, images, labels, logits, task):
-        """Reservoir sampling (Vitter 1985): each image ever offered is there with the same probability."""
-        mean, std = pah.mean_and_std(images.device)
-        images = ((images * std + mean) * 255).round().to(torch.uint8)
-        count = int(self.seen) + 1 + torch.arange(len(images), device=images.device)
-        slots = (torch.rand(len(count), device=images.device) * count).long()
+        """Reservoir sampling (Vitter 1985): each image ever offered stays as probably as another.
+
+        `images` are normalised.
+        """
+        device = images.device
+        pixels = (images * pah.STD.to(device) + pah.MEAN.to(device)) * 255
+        count = int(self.seen) + 1 + torch.arange(len(images), device=device)
+        slots = (torch.rand(len(count), device=device) * count).long()
         slots = torch.where(count <= len(self.images), count - 1, slots)
         taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}
-        rows, of = list(taken), list(taken.values())
-        self.put(rows, images=images[of], labels=labels[of], logits=logits[of], tasks=task)
+        rows, new = list(taken), list(taken.values())
+        pixels = pixels[new].round().to(torch.uint8)
+        self.put(rows, images=pixels, labels=labels[new], logits=logits[new], tasks=task)
         self.seen += len(images)
         self.filled.fill_(min(int(self.seen), len(self.images)))
 
+
 class Replay(MultiHead):
-    def __init__(self, args):
-        super().__init__(args)
-        self.memory = Memory(STORED_IMAGES, args)
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks)
+        self.memory = Memory(STORED_IMAGES, tasks, self.present.shape[1])
+        self.augmentation = pah.AUGMENTATIONS[args.augment]
 
     def replay(self, rows):
         """Logits of stored images, each with the head of its own task."""
-        images = pah.augment(self.memory.images[rows], self.memory.pad, self.memory.flip)
-        heads = self.prototypes[self.memory.tasks[rows]]
-        return torch.einsum("bd,bcd->bc", self.features(pah.normalise(images)), heads)
+        images = self.memory.images[rows]
+        if self.augmentation is not None:
+            images = self.augmentation(images)
+        tasks = self.memory.tasks[rows]
+        logits = torch.einsum(
+            "bd,bcd->bc", self.features(pah.normalise(images)), self.stored_heads[tasks]
+        )
+        return logits.masked_fill(~self.present[tasks], pah.ABSENT)
+
 
 def projected(gradient, reference):
-    """`gradient` without its part against `reference`, if it has one (Eq. 11 of Chaudhry et al. 2019)."""
+    """`gradient` without its part against `reference`, if it has one (Eq. 11 of A-GEM)."""
     return gradient - (gradient @ reference / (reference @ reference)).clamp(max=0) * reference
 
-class AGEM(Replay):
-    """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are stored, and
-    a gradient may not raise the loss of `strength` of them."""
-    strength = 200
 
-    def loss(self, images, labels):
-        loss, rows = super().loss(images, labels), self.memory.draw(int(self.strength))
-        if not len(rows):
-            return loss
+class AGEM(Replay):
+    """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are
+    stored, and a gradient may not raise the loss of `strength` of them."""
+
+    strength = 200.0
+
+    def losses(self, images, labels, task, teacher):
+        terms = super().losses(images, labels, task, teacher)
+        rows = self.memory.draw(int(self.strength))
+        if len(rows) == 0:
+            return terms
         weights = list(self.parameters())
         stored = F.cross_entropy(self.replay(rows), self.memory.labels[rows])
-        gradient, reference = (flat(torch.autograd.grad(value, weights)) for value in (loss, stored))
-        return with_gradient(loss, weights, projected(gradient, reference))
+        gradient = flat(torch.autograd.grad(terms["ce"], weights))
+        reference = flat(torch.autograd.grad(stored, weights))
+        return {"ce": with_gradient(terms["ce"], weights, projected(gradient, reference))}
 
-    def end_task(self, images, labels):
-        tasks, classes, _ = self.prototypes.shape
-        for c in range(classes):
-            chosen = torch.nonzero(labels == c).flatten().cpu()
-            chosen = chosen[torch.randperm(len(chosen))][:STORED_IMAGES // (tasks * classes)]
-            rows = int(self.memory.filled) + torch.arange(len(chosen), device=self.task.device)
-            pixels = images[chosen.to(images.device)].to(rows.device)
-            self.memory.put(rows, images=pixels, labels=c, tasks=self.task)
+    def end_task(self, task, images, labels):
+        per_class = STORED_IMAGES // self.present.numel()
+        for c in labels.unique().tolist():
+            chosen = torch.nonzero(labels == c).flatten()
+            chosen = chosen[torch.randperm(len(chosen)).to(chosen.device)][:per_class]
+            filled = int(self.memory.filled)
+            rows = slice(filled, filled + len(chosen))
+            self.memory.put(rows, images=images[chosen], labels=c, tasks=task)
             self.memory.filled += len(chosen)
 
+
 class DER(Replay):
-    """Dark experience replay (Buzzega et al. 2020): + strength * squared distance of stored images' logits to
-    those of when a reservoir took them. Images are stored as the network saw them, and augmented again."""
+    """Dark experience replay (Buzzega et al. 2020): + strength * squared distance of the logits of
+    stored images to those of when a reservoir took them. Images are stored as the network saw
+    them, and augmented again."""
+
     strength = 0.3
     beta = 0.0
 
-    def loss(self, images, labels):
-        logits = self(images, self.task)
-        loss = F.cross_entropy(logits, labels)
-        if self.memory.filled:
-            rows = self.memory.draw(len(images))
-            loss = loss + self.strength * F.mse_loss(self.replay(rows), self.memory.logits[rows])
-            if self.beta:
-                rows = self.memory.draw(len(images))
-                loss = loss + self.beta * F.cross_entropy(self.replay(rows), self.memory.labels[rows])
-        self.memory.offer(images, labels, logits.detach(), self.task)
-        return loss
+    def losses(self, images, labels, task, teacher):
+        memory = self.memory
+        logits = self(images, task + 1)[:, task]
+        terms = {"ce": F.cross_entropy(logits, labels)}
+        if memory.filled:
+            rows = memory.draw(len(images))
+            terms["der"] = self.strength * F.mse_loss(self.replay(rows), memory.logits[rows])
+        if memory.filled and self.beta:
+            rows = memory.draw(len(images))
+            terms["er"] = self.beta * F.cross_entropy(self.replay(rows), memory.labels[rows])
+        memory.offer(images, labels, logits.detach(), task)
+        return terms
+
 
 class DERpp(DER):
     """DER++: and + beta * cross-entropy of stored images."""
+
     strength = 1.0
     beta = 0.5
+
 
 def matching(gradients, target, n, ridge=0.5):
     """Regularised orthogonal matching pursuit: n rows, weights > 0, the sum near `target`."""
@@ -225,156 +332,206 @@ def matching(gradients, target, n, ridge=0.5):
         residual = target - weights @ basis
     return chosen, weights
 
+
 class GCR(Replay):
-    """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on weighted
-    images, chosen after each task so that a class's weighted gradient of the head is about that of all."""
+    """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on
+    weighted images, chosen after each task so that the weighted gradient of a class's head is
+    about that of all its images."""
+
     strength = 3.0
     beta = 0.5
 
-    def loss(self, images, labels):
-        loss, memory = super().loss(images, labels), self.memory
+    def losses(self, images, labels, task, teacher):
+        terms, memory = super().losses(images, labels, task, teacher), self.memory
         if memory.filled:
             a, b = memory.draw(len(images)), memory.draw(len(images))
             distances = (self.replay(a) - memory.logits[a]).square().mean(1)
             losses = F.cross_entropy(self.replay(b), memory.labels[b], reduction="none")
-            loss = loss + self.strength * (memory.weights[a] @ distances) / memory.weights[a].sum()
-            loss = loss + self.beta * (memory.weights[b] @ losses) / memory.weights[b].sum()
-        return loss
+            weights_a, weights_b = memory.weights[a], memory.weights[b]
+            terms["der"] = self.strength * (weights_a @ distances) / weights_a.sum()
+            terms["er"] = self.beta * (weights_b @ losses) / weights_b.sum()
+        return terms
 
     @torch.no_grad()
-    def end_task(self, images, labels):
+    def end_task(self, task, images, labels):
         self.eval()
-        memory, old, kept = self.memory, int(self.memory.filled), []
-        task, classes, device = int(self.task), self.prototypes.shape[1], self.task.device
-        for t in range(task + 1):
-            rows = torch.nonzero(memory.tasks[:old] == t).flatten()
-            x, y, weights = memory.images[rows], memory.labels[rows], memory.weights[rows]
-            if t == task:
-                x, y, weights = images, labels.to(device), torch.ones(len(images), device=device)
-            features = torch.cat([self.features(pah.normalise(part.to(device))) for part in x.split(500)])
-            logits = features @ self.prototypes[t].T
-            stored = logits if t == task else memory.logits[rows]
-            slope = self.beta * (logits.softmax(1) - F.one_hot(y, classes))
-            slope += self.strength * 2 / classes * (logits - stored)
-            for c in range(classes):
-                of_class, budget = torch.nonzero(y == c).flatten(), STORED_IMAGES // (task + 1) // classes
-                gradients = (slope[of_class, :, None] * features[of_class, None]).flatten(1)
-                chosen, new = matching(gradients, weights[of_class] @ gradients, budget)
-                chosen = of_class[chosen]
-                pixels = x[chosen.to(x.device)].to(device)
-                kept.append((pixels, y[chosen], stored[chosen], new, torch.full_like(chosen, t)))
-        for name, values in zip(("images", "labels", "logits", "weights", "tasks"), zip(*kept)):
-            values = torch.cat(values)
-            memory.put(slice(len(values)), **{name: values})
-        memory.filled.fill_(len(values))
-# ------------------------------ Networks that depend on the task
+        memory, kept = self.memory, []
+        logits = [self(pah.normalise(x), task + 1)[:, task] for x in images.split(500)]
+        weights = torch.ones(len(images), device=images.device)
+        candidates = {task: (images, labels, torch.cat(logits), weights)}
+        for t in range(task):
+            rows = torch.nonzero(memory.tasks[: memory.filled] == t).flatten()
+            columns = (memory.images, memory.labels, memory.logits, memory.weights)
+            candidates[t] = [column[rows] for column in columns]
+        for t, (x, y, stored, weights) in sorted(candidates.items()):
+            gradients = self.head_gradients(t, x, y, stored)
+            budget = STORED_IMAGES // (task + 1) // self.present.shape[1]
+            for c in y.unique().tolist():
+                own = torch.nonzero(y == c).flatten()
+                chosen, new = matching(gradients[own], weights[own] @ gradients[own], budget)
+                chosen = own[chosen]
+                kept.append((x[chosen], y[chosen], stored[chosen], new, torch.full_like(chosen, t)))
+        names = ("images", "labels", "logits", "weights", "tasks")
+        for name, parts in zip(names, zip(*kept, strict=True), strict=True):
+            memory.put(slice(sum(map(len, parts))), **{name: torch.cat(parts)})
+        memory.filled.fill_(sum(len(labels) for _, labels, *_ in kept))
+
+    def head_gradients(self, task, images, labels, stored):
+        """Of each image's loss for the head of its task: (N, C * D)."""
+        features = torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
+        logits = features @ self.stored_heads[task].T
+        classes = logits.shape[1]
+        slope = self.beta * (logits.softmax(1) - F.one_hot(labels, classes))
+        slope += self.strength * 2 / classes * (logits - stored)
+        return (slope[:, :, None] * features[:, None]).flatten(1)
+
+
+# -----------------------------------------------------------------------------
+# Networks that depend on the task
+
+
 class PerTask(MultiHead):
-    """`features` are those of all tasks so far, side by side; each head looks at its own. A method has
-    own_features(images, tasks) -> [(B, D)] and own_heads(n) -> (n, C, D)."""
+    """Each head looks at features of its own: own_features(images, tasks) -> [(B, D)]."""
+
+    flags = ()
+
+    def forward(self, images, n):
+        features = torch.stack(self.own_features(images, range(n)))
+        logits = torch.einsum("nbd,ncd->bnc", features, self.heads(n))
+        return logits.masked_fill(~self.present[:n], pah.ABSENT)
+
+    def own_logits(self, images, task):
+        logits = self.own_features(images, [task])[0] @ self.heads(task + 1)[task].T
+        return logits.masked_fill(~self.present[task], pah.ABSENT)
+
+    def losses(self, images, labels, task, teacher):
+        return {"ce": F.cross_entropy(self.own_logits(images, task), labels)}
+
     def autocast(self, images):
-        half = pah.HALF.get(self.precision)
-        return torch.autocast(images.device.type, half, enabled=half is not None)
-    def own_heads(self, n):
-        return self.prototypes[:n]
+        half = self.dtype != torch.float32
+        return torch.autocast(images.device.type, self.dtype, enabled=half)
 
-    def heads(self, n):
-        heads = self.own_heads(n)
-        return torch.einsum("ncd,nm->ncmd", heads, torch.eye(n, device=heads.device)).flatten(2)
-
-    def features(self, images):
-        return torch.cat(self.own_features(images, range(int(self.task) + 1)), 1)
-
-    def forward(self, images, task):
-        return self.own_features(images, [int(task)])[0] @ self.own_heads(int(task) + 1)[int(task)].T
 
 class Columns(nn.Module):
-    """A ResNet-18 for each task, which also sees the maps of all earlier ones through lateral connections."""
-    def __init__(self, args):
+    """A ResNet-18 for each task, which also sees the maps of all earlier ones."""
+
+    def __init__(self, args, num_tasks):
         super().__init__()
-        self.columns = nn.ModuleList(pah_build(args).backbone for _ in range(args.tasks))
-        self.laterals = nn.ModuleList(nn.ModuleList() for _ in range(args.tasks))
-        for k, laterals in enumerate(self.laterals):
-            for c in [args.width, 2 * args.width, 4 * args.width] if k else []:
-                down = nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * c)
-                laterals.append(nn.Sequential(nn.Conv2d(k * c, c, 1), nn.ReLU(), *down))
-            if k:
-                laterals.append(nn.Sequential(nn.Linear(8 * k * args.width, 8 * args.width), nn.ReLU()))
+        self.columns = nn.ModuleList(pah.ResNet18(args.width) for _ in range(num_tasks))
+        self.laterals = nn.ModuleList(self.lateral(k, args.width) for k in range(num_tasks))
+
+    def lateral(self, k, width):
+        """From the maps of k earlier columns to the next stage; the last to the pooled features."""
+        layers = nn.ModuleList()
+        if k == 0:
+            return layers
+        for c in (width, 2 * width, 4 * width):
+            down = nn.Conv2d(c, 2 * c, 3, 2, 1, bias=False)
+            norm = nn.BatchNorm2d(2 * c)
+            layers.append(nn.Sequential(nn.Conv2d(k * c, c, 1), nn.ReLU(), down, norm))
+        layers.append(nn.Sequential(nn.Linear(8 * k * width, 8 * width), nn.ReLU()))
+        return layers
 
     def forward(self, images, tasks):
         earlier, wanted = [], []  # the maps of each column
-        for k, (column, lateral) in enumerate(zip(self.columns[:max(tasks) + 1], self.laterals)):
-            maps = []
-            x = column.maxpool(F.relu(column.bn1(column.conv1(images))))
-            for i, layer in enumerate((column.layer1, column.layer2, column.layer3, column.layer4)):
-                x = layer(x)
-                if k and i:
-                    x = F.relu(x + lateral[i - 1](torch.cat([other[i - 1] for other in earlier], 1)))
+        for k in range(max(tasks) + 1):
+            column, lateral, maps = self.columns[k].layers, self.laterals[k], []
+            x = column[:3](images)
+            for i, stage in enumerate(column[3:]):
+                x = stage(x)
+                if k > 0 and i > 0:
+                    beside = torch.cat([other[i - 1] for other in earlier], 1)
+                    x = F.relu(x + lateral[i - 1](beside))
                 maps.append(x)
             pooled = x.mean((2, 3))
-            beside = lateral[3](torch.cat([o[4] for o in earlier], 1)) if k else torch.zeros_like(pooled)
+            beside = torch.zeros_like(pooled)
+            if k > 0:
+                beside = lateral[3](torch.cat([other[4] for other in earlier], 1))
             earlier.append([*maps, pooled])
             if k in tasks:
                 wanted.append(torch.cat([pooled, beside], 1).float())
         return wanted
 
+
 class PNN(PerTask):
-    """Progressive networks (Rusu et al. 2016): a column a task; earlier columns are frozen."""
-    def __init__(self, args):
-        super().__init__(args, Columns(args), 16 * args.width)
+    """Progressive networks (Rusu et al. 2016): a column per task; earlier columns are frozen."""
+
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks, Columns(args, len(tasks)), 16 * args.width)
 
     def own_features(self, images, tasks):
         with self.autocast(images):
             return self.backbone(images, tasks)
 
-    def begin_task(self, task, images, labels, init=None):
+    def begin_task(self, task, images, labels):
         super().begin_task(task, images, labels)
         self.frozen = [*self.backbone.columns[:task], *self.backbone.laterals[:task]]
 
+
 class Generator(nn.Module):
-    """Task embeddings (n, E) -> the filters behind the frozen stages, and the heads, of n tasks: each output
-    channel from a hidden vector of the task and an embedding of the channel. BatchNorm is each task's own."""
-    def __init__(self, tail, tasks, classes, features, size=32):
+    """Task embeddings (n, E) -> filters of the tail and heads of n tasks, by name.
+
+    Each output channel comes from a hidden vector of the task and an embedding of the channel.
+    BatchNorm is each task's own.
+    """
+
+    def __init__(self, tail, num_tasks, classes, dim, size=32):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(size, 50), nn.ReLU(), nn.Linear(50, size), nn.ReLU())
         self.shapes = {name: p.shape for name, p in tail.named_parameters() if p.ndim > 1}
-        self.shapes["head"] = torch.Size([classes, features])
-        self.channels = nn.ModuleList(nn.Embedding(shape[0], size) for shape in self.shapes.values())
-        self.layers = nn.ModuleList(nn.Linear(2 * size, shape[1:].numel()) for shape in self.shapes.values())
+        self.shapes["head"] = torch.Size([classes, dim])
+        self.channels = nn.ModuleList(
+            nn.Embedding(shape[0], size) for shape in self.shapes.values()
+        )
+        self.layers = nn.ModuleList(
+            nn.Linear(2 * size, shape[1:].numel()) for shape in self.shapes.values()
+        )
         for layer in tail.modules():
             if isinstance(layer, nn.Conv2d):  # a place for what is generated
                 del layer.weight
                 layer.register_buffer("weight", torch.zeros(()), persistent=False)
-        self.tails = nn.ModuleList(copy.deepcopy(tail) for _ in range(tasks))
+        self.tails = nn.ModuleList(copy.deepcopy(tail) for _ in range(num_tasks))
 
     def forward(self, embeddings):
-        hidden, generated = self.body(embeddings), {}
-        for (name, shape), channel, layer in zip(self.shapes.items(), self.channels, self.layers):
-            hidden_of_channels = hidden[:, None].expand(-1, shape[0], -1)
-            pairs = torch.cat([hidden_of_channels, channel.weight.expand(len(hidden), -1, -1)], 2)
-            generated[name] = layer(pairs).view(-1, *shape)
+        hidden = self.body(embeddings)
+        n, generated = len(hidden), {}
+        for (name, shape), channel, layer in zip(
+            self.shapes.items(), self.channels, self.layers, strict=True
+        ):
+            of_task = hidden[:, None].expand(-1, shape[0], -1)
+            pairs = torch.cat([of_task, channel.weight.expand(n, -1, -1)], 2)
+            generated[name] = layer(pairs).view(n, *shape)
         return generated
 
+
 class HN2(PerTask):
-    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task; all behind them
-    comes from a hypernetwork; + strength * how far what it makes for earlier tasks has moved, squared, mean
-    over these tasks (von Oswald et al. 2020, without look-ahead). Wants --hyper-lr 1e-2 --proto-lr 1e-2."""
+    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task, all
+    behind them comes from a hypernetwork; + strength * how far what it makes for earlier tasks has
+    moved, squared, mean over these tasks (von Oswald et al. 2020, without look-ahead).
+
+    Wants --hyper-lr 1e-2 --proto-lr 1e-2.
+    """
+
     strength = 0.05
     stages = 2
+    flags = ("hyper_lr", "proto_lr")
 
-    def __init__(self, args):
-        whole = pah_build(args).backbone
-        stages = [whole.layer1, whole.layer2, whole.layer3, whole.layer4]
-        stem = [whole.conv1, whole.bn1, nn.ReLU(), whole.maxpool]
-        super().__init__(args, nn.Sequential(*stem, *stages[:self.stages]), whole.features)
-        tail = nn.Sequential(*stages[self.stages:])
-        self.hypernetwork = Generator(tail, args.tasks, args.classes, whole.features)
-        self.head, self.prototypes = "vector", nn.Parameter(torch.randn(args.tasks, 32))  # task embeddings
+    def __init__(self, args, tasks):
+        layers = pah.ResNet18(args.width).layers
+        super().__init__(args, tasks, layers[: 3 + self.stages], 8 * args.width)
+        num_tasks, classes, dim = self.stored_heads.shape
+        del self.stored_heads
+        self.hypernetwork = Generator(layers[3 + self.stages :], num_tasks, classes, dim)
+        self.prototypes = nn.Parameter(
+            torch.randn(num_tasks, 32)
+        )  # embeddings; --proto-lr is theirs
 
-    def own_heads(self, n):
+    def heads(self, n):
         return self.hypernetwork(self.prototypes[:n])["head"]
 
     def own_features(self, images, tasks, generated=None):
-        generated, maps = generated or self.hypernetwork(self.prototypes[:max(tasks) + 1]), []
+        generated = generated or self.hypernetwork(self.prototypes[: max(tasks) + 1])
+        maps = []
         with self.autocast(images):
             x = self.backbone(images)
             for k in tasks:
@@ -383,68 +540,95 @@ class HN2(PerTask):
         return [x.float().mean((2, 3)) for x in maps]
 
     @torch.no_grad()
-    def begin_task(self, task, images, labels, init=None):
+    def begin_task(self, task, images, labels):
         super().begin_task(task, images, labels)
-        if task:
+        if task > 0:
             self.prototypes[task] = self.prototypes[task - 1]
             self.frozen = [self.backbone]
             self.old = self.hypernetwork(self.prototypes[:task])
 
-    def loss(self, images, labels):
-        task = int(self.task)
-        generated = self.hypernetwork(self.prototypes[:task + 1])
+    def losses(self, images, labels, task, teacher):
+        generated = self.hypernetwork(self.prototypes[: task + 1])
         features = self.own_features(images, [task], generated)[0]
-        loss = F.cross_entropy(features @ generated["head"][task].T, labels)
-        if task:
-            moved = [(values[:task] - self.old[name]).square().sum() for name, values in generated.items()]
-            loss = loss + self.strength * sum(moved) / task
-        return loss
+        logits = features @ generated["head"][task].T
+        terms = {"ce": F.cross_entropy(logits.masked_fill(~self.present[task], pah.ABSENT), labels)}
+        if task > 0:
+            moved = [
+                (generated[name][:task] - old).square().sum() for name, old in self.old.items()
+            ]
+            terms["moved"] = self.strength * sum(moved) / task
+        return terms
+
 
 class HN3(HN2):
     stages = 3
-# ------------------------------ In the places of pah.py's own: the model, the loss, training, the flags
-METHODS = {"finetune": MultiHead, "ewc": EWC, "si": SI, "agem": AGEM, "der": DER, "derpp": DERpp, "gcr": GCR,
-           "pnn": PNN, "hn2": HN2, "hn3": HN3}
 
-def build(args):
-    return METHODS[args.method](args)
 
-def loss_of_task(model, task, args):
-    return loss_and_parts
+# -----------------------------------------------------------------------------
+# Command line
 
-def loss_and_parts(model, images, labels):
-    loss = model.loss(images, labels)
-    return loss, torch.stack([loss, 0 * loss, 0 * loss]).detach()
+METHODS = {
+    "finetune": MultiHead,
+    "lwf": LwF,
+    "joint": Joint,
+    "ewc": EWC,
+    "si": SI,
+    "agem": AGEM,
+    "der": DER,
+    "derpp": DERpp,
+    "gcr": GCR,
+    "pnn": PNN,
+    "hn2": HN2,
+    "hn3": HN3,
+}
+NOT_ALL = ("lam", "mu", "temperature", "sp_updates", "proto_size", "proto_init", "hidden")
+NOT_ALL += ("hyper_lr", "proto_lr", "stem", "pretrained")  # the options that not all methods know
 
-def train_task(model, loss, images, labels, args, progress):
-    def after_step(*step):
-        model.after_step()
-        progress(*step)
-    pah_train_task(model, loss, images, labels, args, after_step)
-    model.end_task(images, labels)
-
-def summary(state, model, complete):
-    return pah_summary(state, model, complete) | {"stored": model.stored()}
-
-def make_parser(*defaults):
-    parser = pah_make_parser(*defaults)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--strength", type=pah.number(float, 0, 1e9), help="None: the method's own")
-    return parser
 
 def parse_args(argv=None):
-    args = pah_parse_args(argv)
-    pah.require(not (args.joint or args.bench or pah.WORLD > 1), "--joint, --bench, torchrun: pah.py's alone")
-    args.strength = METHODS[args.method].strength if args.strength is None else args.strength
+    parser = pah.make_parser()
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--strength", type=float, help="None: the method's own")
+    args = pah.parse_args(argv, parser)
+    method = METHODS[args.method]
+    unknown = [name for name in NOT_ALL if name not in method.flags]
+    if method.strength is None:
+        unknown.append("strength")
+    if args.method == "joint":
+        unknown.append("stop_after")
+    for name in unknown:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} means nothing to {args.method}")
+    if pah.WORLD > 1:
+        parser.error("several processes: only pah.py itself")
+    if args.strength is None:
+        args.strength = method.strength
     return args
 
-pah_build, pah_train_task, pah_summary = pah.build, pah.train_task, pah.summary
-pah_make_parser, pah_parse_args = pah.make_parser, pah.parse_args
+
+def build(args, tasks):
+    if args.method == "joint":
+        return pah.build(args, len(tasks), max(len(task.classes) for task in tasks), Joint)
+    return METHODS[args.method](args, tasks)
+
 
 def main(argv=None):
-    for function in build, loss_of_task, train_task, summary, make_parser, parse_args:
-        setattr(pah, function.__name__, function)
-    return pah.main(argv)
+    args = parse_args(argv)
+    pah.set_up(args.device)
+    results = []
+    for seed in args.seeds:
+        tasks, R = pah.load_tasks(args, seed), []
+        torch.manual_seed(seed)
+        model = build(args, tasks).to(args.device)
+        if args.method == "joint":  # there are no accuracies before the end
+            R = [[math.nan] * k for k in range(1, len(tasks))]
+            tasks = joined(tasks)
+        results.append(pah.run(args, seed, model, tasks, R))
+    print(pah.describe(results))
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except pah.UserError as error:
+        sys.exit(f"baselines.py: {error}")

@@ -1,0 +1,208 @@
+"""Tables of all finished runs below some folders, and a picture of one.
+
+    python examples/report.py runs                             # or --format markdown, latex
+    python examples/report.py runs/cifar100-10/seed0 --picture accuracy.png
+
+A row is a setting, named by the options that are not the default: mean and standard deviation
+over its seeds. Above them stands what the paper reports on the same data set.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean, stdev
+
+from baselines import pah
+
+UNNAMED = {"out", "data", "seeds", "resume", "device", "compile", "precision", "dataset", "tasks"}
+COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
+
+# Table 1 of the paper, which took its rows from other papers: AA and FM on Split-CIFAR100, then
+# on TinyImageNet.
+REPORTED = """
+GCR, 200 stored images | 64.24 ± 0.83 | 24.12 ± 1.17 | 42.11 ± 1.01 | 40.36 ± 1.08
+DER, 200 stored images | 63.09 ± 1.09 | 25.98 ± 1.55 | 42.27 ± 0.90 | 40.43 ± 1.05
+CCLIS, 200 stored images | 72.93 ± 0.46 | 14.17 ± 0.20 | 48.29 ± 0.78 | 33.20 ± 0.75
+SI | 63.58 ± 0.37 | 27.98 ± 0.34 | 44.96 ± 2.41 | 26.29 ± 1.40
+A-GEM, 200-250 stored images | 59.81 ± 1.07 | 30.08 ± 0.91 | 60.45 ± 0.24 | 24.94 ± 1.24
+PNN | 66.58 ± 1.00 | - | 62.15 ± 1.35 | -
+HN-2, 200-400 stored images | 62.80 ± 1.60 | 4.10 ± 0.50 | 39.90 ± 0.40 | 10.20 ± 2.20
+HN-3, 200-400 stored images | 58.80 ± 1.00 | 7.40 ± 0.90 | 31.40 ± 1.80 | 5.20 ± 0.70
+PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
+""".strip().splitlines()
+
+
+def today(args):
+    """The options of a run of an earlier version (until 7388ffa) as they are named today."""
+    args = dict(args)
+    if args.get("joint"):
+        args["method"] = "joint"
+    if args.get("head") == "stored" and "method" not in args:
+        args["method"] = "lwf"
+    if args.get("head") == "vector":
+        args["proto_init"], args["mu"] = "random", 0.0
+    if args.get("strength") == 0:
+        args["strength"] = None
+    return args
+
+
+def setting(args):
+    """(data set and number of tasks, method and options that are not the default)."""
+    parser = pah.make_parser()
+    args = today(args)
+    words = [args["method"]] if "method" in args else []
+    for name in [*vars(parser.parse_args([])), "strength"]:
+        if name not in UNNAMED and args.get(name) != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(args[name])]
+    words = [word for word in words if word != "True"]
+    return f"{args['dataset']}, {args['tasks']} tasks", " ".join(words) or "PAH"
+
+
+def numbers(result):
+    """AA, FM, LA, class-incremental accuracy, seconds and BWT; NaN where a run has none."""
+    R = result["accuracy"]
+    learned = [row[-1] if row else math.nan for row in R]
+    FM, LA = pah.forgetting(R), sum(learned) / len(R)
+    BWT = (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1)
+    if len(R) < len(R[-1]):  # joint training in earlier versions
+        FM = LA = BWT = math.nan
+    AA = pah.average_accuracy(R)
+    if not (result["complete"] and math.isfinite(AA)):
+        raise ValueError("not finished")
+    return AA, FM, LA, result["class_incremental"][-1], result["seconds"], BWT
+
+
+def find_results(folders):
+    """All results.json below the folders, also behind links."""
+    seen = set()
+    for folder in folders:
+        for path, below, files in os.walk(folder, followlinks=True):
+            real = os.path.realpath(path)
+            if real in seen:  # a link that leads back up
+                below.clear()
+            elif "results.json" in files:
+                yield Path(path) / "results.json"
+            below.sort()
+            seen.add(real)
+
+
+def collect(folders):
+    """{data set: {(setting, precision): {seed: numbers}}}"""
+    groups = {}
+    for path in find_results(folders):
+        try:
+            result = json.loads(path.read_text())
+            row = numbers(result)
+            group, name = setting(result["args"])
+            seeds = groups.setdefault(group, {}).setdefault((name, result["args"]["precision"]), {})
+            if result["seed"] in seeds:
+                raise ValueError("this seed of this setting is counted already")
+            seeds[result["seed"]] = row
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"left out: {path} ({type(error).__name__}: {error})", file=sys.stderr)
+    return groups
+
+
+def mean_and_deviation(values):
+    if math.isnan(mean(values)):
+        return "-"
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def table(group, settings):
+    """Rows of cells for one data set, the header first."""
+    rows = [COLUMNS]
+    for start, column in (("cifar100, 10 tasks", 1), ("tinyimagenet,", 3)):
+        if group.startswith(start):
+            for line in REPORTED:
+                cells = line.split(" | ")
+                rows.append([f"{cells[0]} (reported)", *cells[column : column + 2], *6 * ["-"]])
+    for (name, precision), seeds in settings.items():
+        AA, FM, LA, untold, seconds, BWT = zip(*seeds.values(), strict=True)
+        cells = [mean_and_deviation(values) for values in (AA, FM, LA, untold)]
+        cells += [" ".join(map(str, seeds)), str(timedelta(seconds=round(mean(seconds))))]
+        rows.append([name, *cells, mean_and_deviation(BWT), precision])
+    return rows
+
+
+def print_text(group, rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"\n{group}")
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def print_markdown(group, rows):
+    print(f"\n**{group}**\n")
+    for row in [rows[0], ["---"] * len(COLUMNS), *rows[1:]]:
+        print(f"| {' | '.join(row)} |")
+
+
+def print_latex(group, rows):
+    """Needs the package booktabs."""
+    special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"±": r"$\pm$"})
+    print(f"\\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}\n\\toprule")
+    print(f"\\multicolumn{{{len(COLUMNS)}}}{{l}}{{{group.translate(special)}}} \\\\\n\\midrule")
+    for i, row in enumerate(rows):
+        cells = [cell.translate(special).replace("--", "-{}-") for cell in row]
+        print(" & ".join(cells), r"\\" + ("\n\\midrule" if i == 0 else ""))
+    print("\\bottomrule\n\\end{tabular}")
+
+
+def draw(result, path):
+    """The accuracy matrix: a row after each task, a column for each task, from 0 to 100 %."""
+    from PIL import Image, ImageDraw
+
+    R = result["accuracy"]
+    cell, left, top = 64, 56, 140
+    size = (max(520, left + cell * len(R[-1])), top + cell * len(R))
+    picture = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(picture)
+    group, name = setting(result["args"])
+    metrics = f"AA {pah.average_accuracy(R):.1f}, FM {pah.forgetting(R):.1f}"
+    canvas.text((8, 8), f"{group}: {metrics}", "black", font_size=24)
+    canvas.text((8, 42), name, "black", font_size=20)
+    canvas.text((8, 74), "accuracy (%) on task (column) after task (row)", "black", font_size=20)
+    for j in range(len(R[-1])):
+        x = left + cell * j + cell // 2
+        canvas.text((x, top - 18), str(j + 1), "black", font_size=22, anchor="mm")
+    for i, row in enumerate(R):
+        y = top + cell * i
+        canvas.text((left // 2, y + cell // 2), str(i + 1), "black", font_size=22, anchor="mm")
+        for j, accuracy in enumerate(row):
+            x, share = left + cell * j, accuracy / 100
+            blue = (round(255 - 235 * share), round(255 - 175 * share), round(255 - 75 * share))
+            canvas.rectangle((x, y, x + cell - 2, y + cell - 2), blue)
+            ink = "white" if share > 0.5 else "black"
+            middle = (x + cell // 2, y + cell // 2)
+            canvas.text(middle, f"{accuracy:.0f}", ink, font_size=28, anchor="mm")
+    with pah.whole_file(Path(path)) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Tables of all finished runs.")
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--format", choices=("text", "markdown", "latex"), default="text")
+    parser.add_argument("--picture", help="instead: draw the accuracies of the one run there")
+    args = parser.parse_args(argv)
+    if args.picture:
+        (path,) = find_results(args.folders)
+        draw(json.loads(path.read_text()), args.picture)
+        return
+    printers = {"text": print_text, "markdown": print_markdown, "latex": print_latex}
+    groups = collect(args.folders)
+    if not groups:
+        sys.exit(f"report.py: no finished run below {' '.join(args.folders)}")
+    for group, settings in groups.items():
+        printers[args.format](group, table(group, settings))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where the terminal has no ±
+    main()

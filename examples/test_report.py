@@ -1,0 +1,223 @@
+"""Tables and pictures of report.py, the README's tables among them, and bench.py."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import baselines
+import bench
+import pytest
+import report
+from baselines import pah
+from PIL import Image
+
+ROOT = Path(pah.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def leave(tmp_path):
+    """A function that leaves a results.json: name, seed, AA, and options."""
+
+    def leave(name, seed, AA, complete=True, **options):
+        folder = tmp_path / name / f"seed{seed}"
+        folder.mkdir(parents=True)
+        args = vars(pah.parse_args(["--dataset", "synthetic", "--precision", "fp32"])) | options
+        R = [[90.0], [AA, AA]]
+        result = {"args": args, "seed": seed, "accuracy": R, "class_incremental": [90, AA / 2]}
+        result |= {"seconds": 61, "complete": complete}
+        (folder / "results.json").write_text(json.dumps(result))
+        return folder / "results.json"
+
+    return leave
+
+
+def rows_of(tmp_path, capsys, *flags):
+    report.main([str(tmp_path), *flags])
+    out, err = capsys.readouterr()
+    return [line for line in out.splitlines() if line], err
+
+
+def test_a_row_is_a_setting_with_all_its_seeds(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    leave("a", 1, 82.0)
+    leave("b", 0, 40.0, lam=0.5)
+    rows, err = rows_of(tmp_path, capsys)
+    assert rows[0] == "synthetic, 10 tasks"
+    assert re.split("  +", rows[2]) == [
+        *("PAH", "81.00 ± 1.41", "9.00 ± 1.41", "85.50 ± 0.71", "40.50 ± 0.71"),
+        *("0 1", "0:01:01", "-9.00 ± 1.41", "fp32"),
+    ]
+    assert re.split("  +", rows[3])[:2] == ["--lam 0.5", "40.00"]
+    assert err == ""
+
+
+def test_data_sets_of_the_same_last_name_are_apart(leave, tmp_path, capsys):
+    leave("a", 0, 80.0, dataset="here/cats")
+    leave("b", 1, 82.0, dataset="there/cats")
+    rows, _ = rows_of(tmp_path, capsys)
+    assert [row for row in rows if "tasks" in row] == [
+        "here/cats, 10 tasks",
+        "there/cats, 10 tasks",
+    ]
+
+
+def test_runs_behind_links_are_found_once(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "a", tmp_path / "elsewhere/a")
+    os.symlink(tmp_path, tmp_path / "elsewhere/up")
+    rows, err = rows_of(tmp_path / "elsewhere", capsys)
+    assert rows[2].split()[:2] == ["PAH", "80.00"]
+    assert err == ""
+
+
+def test_what_is_not_a_finished_run_is_left_out(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    leave("again", 0, 81.0)
+    leave("unfinished", 1, 80.0, complete=False)
+    leave("nan", 2, math.nan)
+    for i, junk in enumerate([b"{", b"[]", b"null", b'"x"', b"\xff", b"{}", b'{"args": 1}']):
+        leave(f"junk{i}", 3, 1.0).write_bytes(junk)
+    rows, err = rows_of(tmp_path, capsys)
+    assert len(rows) == 3
+    assert err.count("left out: ") == 10
+    assert "counted already" in err
+
+
+def test_no_finished_run(tmp_path):
+    with pytest.raises(SystemExit, match="no finished run below"):
+        report.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"head": "stored"}, "lwf"),
+        ({"head": "vector"}, "--mu 0.0 --proto-init random"),
+        ({"joint": True}, "joint"),
+        ({"method": "si", "strength": 30.0, "head": "stored"}, "si --strength 30.0"),
+        ({"method": "pnn", "strength": 0.0}, "pnn"),
+        ({"sp_tasks": 0, "optimizer": "muon", "classes": 10}, "PAH"),
+        ({"shuffle_classes": True}, "--shuffle-classes"),
+    ],
+)
+def test_options_of_earlier_versions_are_named_as_today(options, name):
+    args = vars(pah.parse_args([])) | options
+    assert report.setting(args) == ("cifar100, 10 tasks", name)
+
+
+def test_markdown(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    rows, _ = rows_of(tmp_path, capsys, "--format", "markdown")
+    assert rows[0] == "**synthetic, 10 tasks**"
+    assert {row.count("|") for row in rows[1:]} == {len(report.COLUMNS) + 1}
+
+
+def test_latex(leave, tmp_path, capsys):
+    leave("a", 0, 80.0, dataset="a&b_50%#")
+    leave("a", 1, 82.0, dataset="a&b_50%#", lam=0.5)
+    rows, _ = rows_of(tmp_path, capsys, "--format", "latex")
+    text = "\n".join(rows)
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
+    assert text.count("rule") == 4
+    assert r"a\&b\_50\%\#, 10 tasks" in text
+    assert "-{}-lam 0.5" in text
+
+
+def test_the_papers_rows_stand_above_its_data_sets(leave, tmp_path, capsys):
+    leave("a", 0, 80.0, dataset="cifar100")
+    leave("b", 0, 60.0, dataset="tinyimagenet", tasks=20)
+    rows, _ = rows_of(tmp_path, capsys)
+    cells = [re.split("  +", row)[1:3] for row in rows if row.startswith("PAH (reported)")]
+    assert cells == [["74.46 ± 0.08", "1.71 ± 0.02"], ["63.65 ± 1.94", "4.43 ± 0.07"]]
+
+
+def test_a_picture_has_one_colour_scale(leave, tmp_path):
+    for name, AA in (("high", 100.0), ("low", 0.0)):
+        leave(name, 0, AA)
+        report.main([str(tmp_path / name), "--picture", str(tmp_path / f"{name}.png")])
+    high, low = (Image.open(tmp_path / f"{name}.png").getcolors(10**6) for name in ("high", "low"))
+    assert (20, 80, 180) in [colour for _, colour in high]
+    assert (20, 80, 180) not in [colour for _, colour in low]
+
+
+# -----------------------------------------------------------------------------
+# bench.py
+
+
+@pytest.mark.parametrize("method", [[], ["lwf"]])
+def test_bench(method, capsys):
+    flags = [
+        "--dataset",
+        "synthetic",
+        "--tasks",
+        "5",
+        "--width",
+        "4",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
+    bench.main([*method, *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == ["task 1", "task 2", "task 3", "task 5"]
+    assert lines[4].startswith("peak memory: ")
+    assert re.fullmatch(r"predicted: 0:\d\d:\d\d per seed, \d+ s", lines[5])
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_prediction_is_between_the_tasks_that_were_measured():
+    seconds = {0: 1.0, 1: 3.0, 4: 9.0}
+    assert [bench.interpolate(k, seconds) for k in range(5)] == [1, 3, 5, 7, 9]
+
+
+# -----------------------------------------------------------------------------
+# The README
+
+
+def readme_rows():
+    """(command, cells) of each row with results: its command is the last one above, and its flags."""
+    command = ""
+    for line in README.splitlines():
+        command = (re.findall("`python ([^`]*)`", line) or [command])[-1]
+        words, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) >= 6 and cells[0][:1].isdigit() and cells[5]:
+            flags = [flag for code in re.findall("`(.*?)`", words) for flag in code.split()]
+            yield command.split()[1:], flags, words, cells
+
+
+def kept(name):
+    """What stays after all tasks: numbers and images."""
+    for path in (ROOT / "assets/results").rglob("results.json"):
+        run = json.loads(path.read_text())
+        if report.setting(run["args"]) == name:
+            parts = dict(run.get("stored") or run["parameters"])
+            parts.pop("prototypes_per_task", None)
+            images = parts.pop("images", 0)
+            return f"{sum(parts.values()) / 1e6:.2f} M" + (f", {images} images" if images else "")
+    return None
+
+
+def test_the_readmes_tables_are_what_report_prints():
+    printed, shown = {}, set()
+    for group, settings in report.collect([ROOT / "assets/results"]).items():
+        rows = report.table(group, settings)[1:]
+        printed |= {(group, row[0]): row[1:7] for row in rows if "(reported)" not in row[0]}
+    reported = {}
+    for line in report.REPORTED:
+        name, *cells = line.split(" | ")
+        reported[name.split(",")[0]] = " / ".join(cell.split()[0] for cell in cells[:2])
+    for command, flags, words, cells in readme_rows():
+        of_method = bool(set(flags) & set(baselines.METHODS))
+        parse = baselines.parse_args if of_method else pah.parse_args
+        name = report.setting(vars(parse([*command, *flags])))
+        assert cells[:6] == printed[name], name
+        if len(cells) > 6:
+            method = words.split(":")[0].split(",")[0]
+            assert cells[6:] == [kept(name), reported.get(method, "")], name
+        shown.add(name)
+    assert shown == set(printed)
