@@ -815,6 +815,7 @@ def run(args, seed, model, tasks, R=()):
     `R` is that of `learn`, for a run that starts here. Returns what results.json holds.
     """
     folder = Path(args.out) / f"seed{seed}"
+    num_tasks = args.stop_after or len(tasks)
     state = {
         "args": vars(args),
         "seed": seed,
@@ -828,25 +829,26 @@ def run(args, seed, model, tasks, R=()):
         check_same_run(folder, saved, state)
         model.load_state_dict(saved.pop("model"))
         state = saved | {"args": vars(args)}
+        save(folder, state, model, num_tasks)  # if it was killed before results.json was written
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} has files but no checkpoint: change --out")
-    tasks = tasks[: args.stop_after]
+    if RANK == 0:
+        print(f"{num_tasks} tasks, {args.device}, {args.precision}: {folder}")
 
     def after_task(R, class_incremental, seconds):
         state["accuracy"] = R
         state["class_incremental"].append(class_incremental)
         state["seconds"] += seconds
-        results = summarise(state, model, len(tasks))
+        results = save(folder, state, model, num_tasks)
         if RANK == 0:
-            save(folder, state, model, results)
             row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
             spent = timedelta(seconds=round(state["seconds"]))
-            where = f"task {len(R):>2}/{len(tasks)}"
+            where = f"task {len(R):>2}/{num_tasks}"
             print(f"{where}  {describe([results])}  {spent} | {row:30}", flush=True)
 
     learn(
         model,
-        tasks,
+        tasks[:num_tasks],
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
@@ -859,7 +861,7 @@ def run(args, seed, model, tasks, R=()):
         R=state["accuracy"],
         after_task=after_task,
     )
-    return summarise(state, model, len(tasks))
+    return summarise(state, model, num_tasks)
 
 
 def check_same_run(folder, saved, state):
@@ -887,7 +889,7 @@ def summarise(state, model, num_tasks):
     if next(model.parameters()).is_cuda:
         device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     results = state | {
-        "complete": len(R) == num_tasks,
+        "complete": len(R) >= num_tasks,
         "AA": average_accuracy(R),
         "FM": forgetting(R),
         "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),
@@ -914,8 +916,11 @@ def describe(results):
     return "  ".join(words)
 
 
-def save(folder, state, model, results):
+def save(folder, state, model, num_tasks):
     """The checkpoint comes first: what follows may fail. No head and no full image is in it."""
+    results = summarise(state, model, num_tasks)
+    if RANK > 0:
+        return results
     with whole_file(folder / "checkpoint.pt") as path:
         torch.save(state | {"model": model.state_dict()}, path)
     with whole_file(folder / "results.json") as path:
@@ -927,6 +932,7 @@ def save(folder, state, model, results):
         images = F.interpolate(images.flatten(0, 1), scale_factor=4)
         with whole_file(folder / "prototypes.png") as path:  # a row per task
             save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
+    return results
 
 
 def make_parser():

@@ -1192,9 +1192,16 @@ def test_a_folder_with_other_files_is_not_entered(tmp_path):
 
 
 def test_a_finished_run_is_resumed_at_once(learned, capsys):
-    flags = [*RUN, "--width", 8, "--epochs", 3, "--out", learned, "--resume"]
-    run_main(*flags)
-    assert capsys.readouterr().out.split()[:2] == ["AA", f"{results(learned)['AA']:.2f}"]
+    run_main(*RUN, "--width", 8, "--epochs", 3, "--out", learned, "--resume")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"5 tasks, cpu, fp32: {learned}/seed0"
+    assert last.startswith(f"AA {results(learned)['AA']:.2f}")
+
+
+def test_results_that_were_lost_are_written_again(begun):
+    (begun / "seed0/results.json").unlink()
+    run_main(*TINY, "--stop-after", 1, "--out", begun, "--resume")
+    assert results(begun)["complete"]
 
 
 # -----------------------------------------------------------------------------
