@@ -591,12 +591,24 @@ def test_the_protocol_takes_any_method(capsys):
 def test_the_protocol_takes_numpy_arrays_and_any_integer_labels():
     task = own_arrays()
     arrays = Task(*[value.numpy() for value in task[:4]])
-    arrays = arrays._replace(train_labels=arrays.train_labels.astype(np.uint8))
+    arrays = arrays._replace(train_labels=arrays.train_labels.astype(np.int32))
     R = []
     for each in (task, arrays):
         torch.manual_seed(0)
         R.append(pah.learn(PAH(ResNet18(4), 1, 2), [each], epochs=1))
     assert R[0] == R[1]
+
+
+def test_training_images_are_augmented_before_they_are_normalised():
+    seen = []
+
+    def black(images):
+        seen.append((images.dtype, len(images)))
+        return images * 0
+
+    task = own_arrays()._replace(test_images=torch.zeros(12, 3, 8, 8, dtype=torch.uint8))
+    pah.learn(OwnMethod(1), [task], epochs=2, batch_size=6, augmentation=black)
+    assert seen == [(torch.uint8, 6)] * 4
 
 
 def test_learn_goes_on_behind_given_rows():
