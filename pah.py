@@ -1,4 +1,5 @@
 # /// script
+# requires-python = ">=3.10"
 # dependencies = ["torch>=2.5", "torchvision>=0.20", "numpy>=1.26"]
 # ///
 """Prototype-Augmented Hypernetworks (PAH) for continual learning, arXiv 2505.07450, in one file.
@@ -23,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -34,11 +35,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's: no look at later tasks
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(
+    3, 1, 1
+)  # ImageNet's, so that no later task is looked at
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 ABSENT = -1e4  # the logit of a class that a task does not have
-RANK = int(os.environ.get("RANK", "0"))  # this process, and how many there are: torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))  # number of this process, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes there are
 
 
 class UserError(ValueError):
@@ -121,7 +124,7 @@ class PAH(nn.Module):
 
     @torch.no_grad()
     def begin_task(self, task, images, labels):
-        """Start each prototype of `task` as a random training image of its class, resized.
+        """Start each prototype of `task` as a random training image of its class, resized, or as noise.
 
         `images` (N, 3, H, W) are uint8; `labels` (N,) are 0 to C-1.
         """
@@ -177,15 +180,17 @@ class PAH(nn.Module):
 
 @torch.no_grad()
 def feature_dim(backbone, size):
-    """D of a backbone, from one black image of the prototypes' size, which L_sp will show it."""
+    """D of a backbone, found with one grey image of the prototypes' size, which L_sp needs too."""
     device = next(backbone.parameters(), torch.empty(0)).device
     try:
         features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size, device=device))
     except Exception as error:
         raise UserError(
             f"the backbone cannot take prototypes of {size}x{size} pixels ({error}): "
-            "give PAH a proto_size that it takes, for example that of the images"
+            "give PAH another proto_size, for example that of the images"
         ) from error
+    if features.ndim != 2:
+        raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
     return features.shape[1]
 
 
@@ -251,10 +256,10 @@ def forgetting(R):
 
 @torch.no_grad()
 def evaluate(model, tasks):
-    """Accuracy in percent on the test images of `tasks`, all so far, in eval mode: a row of R.
+    """A row of R: accuracies in percent on the test images of `tasks`, all tasks so far.
 
-    Also returns the class-incremental accuracy: their mean when the task is not told and the
-    largest logit of all heads decides.
+    Also returns the class-incremental accuracy: the same, as a mean over tasks, when the task is
+    not told and the largest logit of all heads decides.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -371,22 +376,31 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.float32):
-    """Muon for the filters of `model.backbone`, AdamW for everything else."""
-    parts = {"backbone": [], "vectors": [], "hypernetwork": [], "prototypes": [], "others": []}
+    """Muon for the filters of `model.backbone`, AdamW for everything else that learns.
+
+    Parameters of `model.hypernetwork` and `model.prototypes` have rates of their own; all others
+    learn at lr / 10. BatchNorm, biases of the backbone and prototypes do not decay.
+    """
+    parts = {"filters": [], "vectors": [], "hypernetwork": [], "prototypes": [], "others": []}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
-        if part == "backbone" and p.ndim < 2:  # BatchNorm
-            part = "vectors"
-        parts.get(part, parts["others"]).append(p)
+        if part == "backbone":
+            part = "filters" if p.ndim > 1 else "vectors"
+        elif part not in ("hypernetwork", "prototypes"):
+            part = "others"
+        if p.requires_grad:
+            parts[part].append(p)
     groups = [
         {"params": parts["hypernetwork"], "lr": hyper_lr, "weight_decay": weight_decay},
         {"params": parts["prototypes"], "lr": proto_lr, "weight_decay": 0},
         {"params": parts["vectors"], "lr": lr / 10, "weight_decay": 0},
         {"params": parts["others"], "lr": lr / 10, "weight_decay": weight_decay},
     ]
-    dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    muon = Muon(parts["backbone"], lr, weight_decay, dtype)
-    return muon, torch.optim.AdamW(groups, fused=True)
+    optimizers = [torch.optim.AdamW(groups, fused=True)]
+    if parts["filters"]:
+        dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(parts["filters"], lr, weight_decay, dtype))
+    return optimizers
 
 
 # -----------------------------------------------------------------------------
@@ -450,6 +464,7 @@ def learn(
     its `backbone`; with a `dtype` of float16 losses are scaled. Where it has them, after_step() is
     called after each step and end_task(task, images, labels) after each task. `R` holds the rows
     of tasks learned before; after_task(R, class_incremental, seconds) is called after each task.
+    `seed` seeds torch's generators before each task. The model is left in eval mode.
     """
     device = next(model.parameters()).device
     dtype = getattr(model, "dtype", torch.float32)
@@ -472,13 +487,13 @@ def learn(
         model.begin_task(k, images, labels)
 
         # each task has new optimizers and one cycle of their learning rates
+        model.train()
         batch = min(batch_size, len(images)) // WORLD * WORLD
         steps = len(images) // batch  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
         schedules = [one_cycle(optimizer, epochs * steps) for optimizer in optimizers]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-        model.train()
         done, todo = 0, epochs * sum(len(task.train_labels) for task in tasks[k:])  # images
         for epoch in range(epochs):
             order = torch.randperm(len(images), device=device)[: steps * batch].view(steps, batch)
@@ -502,8 +517,10 @@ def learn(
                 if RANK == 0 and (step == steps or (live and step % 25 == 0)):
                     where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"
                     print_progress(where, terms, done, todo, time.perf_counter() - start)
+            # one sum, so that a GPU is waited for once; NaN and infinity survive it
             if not sum(value.sum() for value in model.state_dict().values()).isfinite():
-                raise UserError(f"NaN in epoch {epoch + 1}: try a lower --lr, or --precision fp32")
+                where = f"epoch {epoch + 1} of task {k + 1}"
+                raise UserError(f"NaN in {where}: try a lower --lr, or --precision fp32")
 
         if hasattr(model, "end_task"):
             model.end_task(k, images, labels)
@@ -514,6 +531,7 @@ def learn(
         R.append(row)
         if after_task is not None:
             after_task(R, class_incremental, time.perf_counter() - start)
+    model.eval()
     return R
 
 
@@ -526,8 +544,9 @@ def print_progress(where, terms, done, todo, seconds):
 
 
 # -----------------------------------------------------------------------------
-# Data: uint8 images (N, 3, S, S) and labels (N,), of a whole data set or of one task
+# Data
 
+# uint8 images (N, 3, S, S) and labels (N,) from 0, of one task or of a whole data set
 Task = namedtuple(
     "Task", "train_images train_labels test_images test_labels classes", defaults=[()]
 )
@@ -639,7 +658,7 @@ def read_tinyimagenet(name, root, size, download):
         listed = dict(line.split("\t")[:2] for line in lines)
     test_paths = sorted(val.rglob("*.JPEG"))
     wnids = [listed.get(path.name, path.relative_to(val).parts[0]) for path in test_paths]
-    if 10 * len(test_paths) != len(train.targets):
+    if 10 * len(test_paths) != len(train.targets):  # 500 and 50 images per class
         raise RuntimeError(f"{len(train.targets)} images in train/, {len(test_paths)} in val/")
     return Task(
         read_images([path for path, _ in train.samples], size),
@@ -721,16 +740,18 @@ def split_tasks(data, tasks=10, order=None):
     task. `order` lists the numbers of the classes; None: by label. Raises UserError.
     """
     n = len(data.classes)
+    sizes = tasks
     if isinstance(tasks, int):
-        tasks = [n - n // tasks * (tasks - 1)] + [n // tasks] * (tasks - 1)
-    if sum(tasks) != n or min(tasks) < 2:
-        raise UserError(f"--tasks: {n} classes do not make tasks of {tasks}, two or more in each")
+        each = n // max(1, tasks)
+        sizes = [n - each * (tasks - 1)] + [each] * (tasks - 1)
+    if sum(sizes) != n or min(sizes) < 2:
+        raise UserError(f"--tasks {tasks}: {n} classes do not make such tasks of two or more each")
     if order is None:
         order = range(n)
     if sorted(order) != list(range(n)):
-        raise UserError(f"an order of {n} classes must name each of them once")
+        raise UserError(f"the order of {n} classes must name each of them once, and nothing else")
     split = []
-    for members in torch.tensor(list(order)).split(tasks):
+    for members in torch.tensor(list(order)).split(sizes):
         train = select(data.train_images, data.train_labels, members)
         test = select(data.test_images, data.test_labels, members)
         split.append(Task(*train, *test, [data.classes[c] for c in members]))
@@ -768,7 +789,8 @@ def load_tasks(args, seed):
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
     if args.class_order:
         numbers = {str(c): c for c in order} | {name: c for c, name in enumerate(data.classes)}
-        order = [numbers[line] for line in Path(args.class_order).read_text().splitlines()]
+        lines = [line.strip() for line in Path(args.class_order).read_text().splitlines()]
+        order = [numbers.get(line, -1) for line in lines if line]
     return split_tasks(data, args.tasks, order)
 
 
@@ -803,46 +825,45 @@ def build(args, num_tasks, classes, kind=PAH):
 def load_checkpoint(path, device="cpu"):
     """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    args = argparse.Namespace(**saved["args"] | {"pretrained": False})
+    args = argparse.Namespace(**saved["results"]["args"] | {"pretrained": False})
     model = build(args, *saved["model"]["present"].shape)
     model.load_state_dict(saved["model"])
     return model.to(device).eval()
 
 
-def run(args, seed, model, tasks, R=()):
+def run(args, seed, model, tasks, skipped=0):
     """Learn `tasks` with a checkpoint and results.json in OUT/seed<S> after each of them.
 
-    `R` is that of `learn`, for a run that starts here. Returns what results.json holds.
+    The first `skipped` tasks are only evaluated. Returns what results.json holds.
     """
     folder = Path(args.out) / f"seed{seed}"
     num_tasks = args.stop_after or len(tasks)
-    state = {
-        "args": vars(args),
-        "seed": seed,
-        "class_order": [list(task.classes) for task in tasks],
-        "accuracy": list(R),
-        "class_incremental": [],
-        "seconds": 0.0,
-    }
+    if not 1 <= num_tasks <= len(tasks):
+        raise UserError(f"--stop-after {num_tasks}: there are {len(tasks)} tasks")
+    class_order = [list(task.classes) for task in tasks]
+    results = {"accuracy": [], "class_incremental": [], "seconds": 0.0}
     if (folder / "checkpoint.pt").exists():
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        check_same_run(folder, saved, state)
-        model.load_state_dict(saved.pop("model"))
-        state = saved | {"args": vars(args)}
-        save(folder, state, model, num_tasks)  # if it was killed before results.json was written
+        results = saved["results"]
+        check_same_run(folder, results, args, class_order)
+        model.load_state_dict(saved["model"])
+        save(folder, results, model)  # a run may be killed between checkpoint and results.json
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} has files but no checkpoint: change --out")
+        raise UserError(f"{folder} has files but no checkpoint: give another --out")
     if RANK == 0:
         print(f"{num_tasks} tasks, {args.device}, {args.precision}: {folder}")
 
     def after_task(R, class_incremental, seconds):
-        state["accuracy"] = R
-        state["class_incremental"].append(class_incremental)
-        state["seconds"] += seconds
-        results = save(folder, state, model, num_tasks)
+        results.update(args=vars(args), seed=seed, class_order=class_order, accuracy=R[skipped:])
+        results["class_incremental"].append(class_incremental)
+        results["seconds"] += seconds
+        results["complete"] = len(R) == num_tasks
+        results.update(metrics(results["accuracy"]))
+        results.update(machine(model))
+        save(folder, results, model)
         if RANK == 0:
             row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
-            spent = timedelta(seconds=round(state["seconds"]))
+            spent = timedelta(seconds=round(results["seconds"]))
             where = f"task {len(R):>2}/{num_tasks}"
             print(f"{where}  {describe([results])}  {spent} | {row:30}", flush=True)
 
@@ -858,42 +879,54 @@ def run(args, seed, model, tasks, R=()):
         augmentation=AUGMENTATIONS[args.augment],
         compile=args.compile,
         seed=seed,
-        R=state["accuracy"],
+        R=[[]] * skipped + results["accuracy"],
         after_task=after_task,
     )
-    return summarise(state, model, num_tasks)
+    return results
 
 
-def check_same_run(folder, saved, state):
-    """Raises UserError unless --resume may go on from the checkpoint `saved`."""
-    there, here = saved["args"], state["args"]
+def check_same_run(folder, results, args, class_order):
+    """Raises UserError unless `args` may go on with the run that left `results`."""
+    there, here = results["args"], vars(args)
     differing = [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here[name]} here"
         for name in here
         if name not in MAY_DIFFER and there.get(name) != here[name]
     ]
-    if differing or saved["class_order"] != state["class_order"]:
-        raise UserError(f"{folder} holds another run ({', '.join(differing)}): change --out")
-    if not here["resume"]:
-        raise UserError(f"{folder} holds this run already: add --resume, or change --out")
+    if results["class_order"] != class_order:
+        differing.append("another order of classes")
+    if differing:
+        differing = ", ".join(differing)
+        raise UserError(
+            f"{folder} holds another run ({differing}): give its options, or another --out"
+        )
+    if not args.resume:
+        raise UserError(f"{folder} holds this run already: add --resume, or give another --out")
 
 
-def summarise(state, model, num_tasks):
-    """What results.json holds: `state`, its metrics, and what it ran on."""
-    R = state["accuracy"]
+def metrics(R):
+    """AA, and for tasks learned one after the other FM, BWT and LA."""
+    if len(R) < len(R[-1]):
+        return {"AA": average_accuracy(R), "FM": None, "BWT": None, "LA": None}
     learned = [row[-1] for row in R]
-    sizes = Counter()
+    return {
+        "AA": average_accuracy(R),
+        "FM": forgetting(R),
+        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),  # Lopez-Paz and Ranzato 2017
+        "LA": sum(learned) / len(R),  # accuracy on a task just after it was learned
+    }
+
+
+def machine(model):
+    """What the model ran on, and its number of parameters."""
+    sizes = {}
     for name, p in model.named_parameters():
-        sizes[name.split(".")[0]] += p.numel()
+        part = name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + p.numel()
     device, memory = f"cpu {torch.get_num_threads()}", None
     if next(model.parameters()).is_cuda:
         device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-    results = state | {
-        "complete": len(R) >= num_tasks,
-        "AA": average_accuracy(R),
-        "FM": forgetting(R),
-        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),
-        "LA": sum(learned) / len(R),
+    described = {
         "parameters": sizes,
         "processes": WORLD,
         "device": device,
@@ -901,28 +934,31 @@ def summarise(state, model, num_tasks):
         "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
     }
     if hasattr(model, "stored"):
-        results["stored"] = model.stored()
-    return results
+        described["stored"] = model.stored()
+    return described
 
 
 def describe(results):
-    """AA, FM and LA in words, with standard deviations where there are several seeds."""
+    """AA, FM and LA as text, with standard deviations if there are several seeds."""
     words = []
     for name in ("AA", "FM", "LA"):
-        values = torch.tensor([result[name] for result in results])
-        words.append(f"{name} {values.mean():5.2f}")
-        if len(results) > 1:
-            words.append(f"+- {values.std():.2f}")
+        values = [result[name] for result in results]
+        if None not in values:
+            words.append(f"{name} {torch.tensor(values).mean():5.2f}")
+        if None not in values and len(values) > 1:
+            words.append(f"+- {torch.tensor(values).std():.2f}")
     return "  ".join(words)
 
 
-def save(folder, state, model, num_tasks):
-    """The checkpoint comes first: what follows may fail. No head and no full image is in it."""
-    results = summarise(state, model, num_tasks)
+def save(folder, results, model):
+    """Write checkpoint.pt, results.json and prototypes.png.
+
+    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
+    """
     if RANK > 0:
-        return results
+        return
     with whole_file(folder / "checkpoint.pt") as path:
-        torch.save(state | {"model": model.state_dict()}, path)
+        torch.save({"results": results, "model": model.state_dict()}, path)
     with whole_file(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
     if isinstance(model, PAH):
@@ -932,31 +968,38 @@ def save(folder, state, model, num_tasks):
         images = F.interpolate(images.flatten(0, 1), scale_factor=4)
         with whole_file(folder / "prototypes.png") as path:  # a row per task
             save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
-    return results
 
 
 def make_parser():
-    """All options. What is not the default names the output folder."""
+    """All options. Those that differ from the default name the output folder."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
     add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
     add("--data", default="data", help="folder of downloads and caches")
     add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
-    add("--image-size", type=int, help="side in pixels; None: the data set's own")
+    add("--image-size", type=int, help="side in pixels, the data set's own if None")
     add("--shuffle-classes", action="store_true", help="order of classes by seed, not by label")
     add("--class-order", help="file with a class per line, names or numbers")
     add("--val-fraction", type=float, default=0.0, help="test on this part of the training images")
-    add("--stop-after", type=int, help="how many of the tasks to learn; None: all")
+    add("--stop-after", type=int, help="number of tasks to learn, all if None")
     # method
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
     add(
-        "--sp-updates", choices=("prototypes", "all"), default="prototypes", help="what L_sp trains"
+        "--sp-updates",
+        choices=("prototypes", "all"),
+        default="prototypes",
+        help="which parameters L_sp trains",
     )
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
-    add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
+    add(
+        "--proto-init",
+        choices=("semantic", "random"),
+        default="semantic",
+        help="training images or noise",
+    )
     add("--hidden", type=int, default=64, help="width of the hypernetwork")
     add(
         "--stem", choices=("3x3", "7x7"), default="3x3", help="7x7: torchvision's, for large images"
@@ -971,12 +1014,12 @@ def make_parser():
     add("--proto-lr", type=float, default=2e-4, help="of the prototypes")
     add("--weight-decay", type=float, default=0.005, help="of filters and hypernetwork")
     add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="of the training images")
-    add("--seeds", type=int, nargs="+", default=[0], help="a run for each")
+    add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
+    add("--precision", choices=DTYPES, help="of the backbone, bf16 if None and fast")
     add("--compile", action="store_true", help="torch.compile the backbone")
-    add("--out", help="None: runs/<dataset>-<tasks>-<options that are not the default>")
+    add("--out", help="folder of the runs, in runs/ and named by the options if None")
     add("--resume", action="store_true", help="go on after the last finished task")
     return parser
 
@@ -984,13 +1027,26 @@ def make_parser():
 def parse_args(argv=None, parser=None):
     parser = parser or make_parser()
     args = parser.parse_args(argv)
-    if (args.stem == "7x7" and args.width != 64) or (args.stem == "3x3" and args.pretrained):
-        parser.error("--pretrained needs --stem 7x7, and --stem 7x7 has --width 64")
+    check_options(args, parser)
+    if args.dataset not in PUBLISHED and Path(args.dataset).is_dir():
+        args.dataset = str(Path(args.dataset).resolve())
     args.out = args.out or default_out(args, parser)
     args.precision = args.precision or default_precision(args.device)
     if len(args.tasks) == 1:
         args.tasks = args.tasks[0]
     return args
+
+
+def check_options(args, parser):
+    """Ends the program where options do not go together."""
+    if args.stem == "7x7" and args.width != 64:
+        parser.error("--stem 7x7 is torchvision's ResNet-18, of --width 64")
+    if args.stem != "7x7" and args.pretrained:
+        parser.error("--pretrained needs --stem 7x7")
+    if args.class_order and args.shuffle_classes:
+        parser.error("--class-order and --shuffle-classes: only one of them")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and less than 1")
 
 
 def default_out(args, parser):
@@ -1007,8 +1063,9 @@ def default_precision(device):
     """bf16 where there is hardware for it; else fp16 on a GPU and fp32 on a CPU."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # not in every version
-    return "bf16" if has_bf16() else "fp32"
+    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
 
 
 def set_up(device):
@@ -1044,3 +1101,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"pah.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on after the last finished task")

@@ -344,6 +344,7 @@ def test_tasks_of_different_sizes_are_learned():
     assert model.present.sum(1).tolist() == [8, 2, 10]
     assert R[-1][0] > 40  # of eight
     assert not model.prototypes[1, 2:].any()
+    assert not model.training
 
 
 # -----------------------------------------------------------------------------
@@ -479,7 +480,7 @@ def test_muon_steps_of_tall_filters_are_longer():
 def test_every_parameter_has_its_optimizer():
     model = small_pah()
     model.stored = nn.Linear(2, 2)  # of another method
-    muon, adamw = pah.make_optimizers(model, 0.02, 1.0, 2.0, 0.1)
+    adamw, muon = pah.make_optimizers(model, 0.02, 1.0, 2.0, 0.1)
     rates = {p: (g["lr"], g["weight_decay"]) for g in adamw.param_groups for p in g["params"]}
     rates |= dict.fromkeys(muon.param_groups[0]["params"], "muon")
     assert len(rates) == len(list(model.parameters()))
@@ -550,6 +551,11 @@ def test_the_seed_decides_and_nothing_else(tmp_path):
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     first, second = weights(tmp_path / "a"), weights(tmp_path / "a", seed=1)
     assert not torch.equal(first["backbone.layers.0.weight"], second["backbone.layers.0.weight"])
+
+
+def test_a_frozen_backbone_trains_in_half_precision():
+    model = PAH(ResNet18(4).requires_grad_(False), 1, 2, dtype=torch.float16)
+    assert len(pah.learn(model, [own_arrays()], epochs=1, augmentation=None)) == 1
 
 
 class OwnMethod(nn.Module):
@@ -663,7 +669,7 @@ def test_nan_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0].data[0] = float("nan")
 
     monkeypatch.setattr(pah.Muon, "step", breaking)
-    with pytest.raises(UserError, match="NaN in epoch 1: .* --lr"):
+    with pytest.raises(UserError, match="NaN in epoch 1 of task 2: .* --lr"):
         run_main(*TINY, "--out", tmp_path)
     assert len(results(tmp_path)["accuracy"]) == 1
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -771,9 +777,9 @@ def test_split_tasks_of_different_sizes(tasks, sizes):
     assert [len(task.classes) for task in split] == sizes
 
 
-@pytest.mark.parametrize("tasks", [4, 6, 7, [2, 2], [3, 4], [5, 1]])
+@pytest.mark.parametrize("tasks", [0, 4, 6, 7, [2, 2], [3, 4], [5, 1]])
 def test_tasks_that_cannot_be_made(tasks):
-    with pytest.raises(UserError, match="6 classes do not make tasks"):
+    with pytest.raises(UserError, match="--tasks .*: 6 classes do not make such tasks"):
         split_tasks(numbered_data(), tasks)
 
 
@@ -825,7 +831,7 @@ def test_classes_are_shuffled_by_the_seed():
 
 @pytest.mark.parametrize("line", ["pattern {}", "{}"])
 def test_an_order_of_classes_from_a_file(line, tmp_path):
-    (tmp_path / "order").write_text("".join(line.format(c) + "\n" for c in reversed(range(20))))
+    (tmp_path / "order").write_text("".join(line.format(c) + " \n\n" for c in reversed(range(20))))
     args = pah.parse_args([*RUN, "--class-order", str(tmp_path / "order")])
     assert pah.load_tasks(args, seed=0)[0].classes == [f"pattern {c}" for c in (19, 18, 17, 16)]
 
@@ -1195,7 +1201,9 @@ def begun(tmp_path):
 
 
 def test_a_run_is_not_written_over(begun):
-    with pytest.raises(UserError, match="holds this run already: add --resume, or change --out"):
+    with pytest.raises(
+        UserError, match="holds this run already: add --resume, or give another --out"
+    ):
         run_main(*TINY, "--stop-after", 2, "--out", begun)
 
 
@@ -1212,7 +1220,7 @@ def test_another_order_of_classes_is_another_run(begun, tmp_path):
     flags = [*TINY, "--class-order", order, "--out", tmp_path / "o"]
     run_main(*flags, "--stop-after", 1)
     order.write_text("".join(f"{c}\n" for c in reversed(range(20))))
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="another order of classes"):
         run_main(*flags, "--resume")
 
 
@@ -1229,6 +1237,25 @@ def test_a_finished_run_is_resumed_at_once(learned, capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first == f"5 tasks, cpu, fp32: {learned}/seed0"
     assert last.startswith(f"AA {results(learned)['AA']:.2f}")
+
+
+def test_a_finished_run_keeps_its_record(learned):
+    before = (learned / "seed0/results.json").read_bytes()
+    flags = [*RUN, "--width", 8, "--epochs", 3, "--out", learned, "--resume"]
+    run_main(*flags, "--stop-after", 2)
+    assert (learned / "seed0/results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [-1, 6])
+def test_stop_after_more_tasks_than_there_are(number, tmp_path):
+    with pytest.raises(UserError, match="there are 5 tasks"):
+        run_main(*TINY, "--stop-after", number, "--out", tmp_path)
+
+
+def test_a_folder_is_the_same_however_it_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    names = [f"./{folder.name}", f"{folder.name}/", folder.name, str(folder)]
+    assert {pah.parse_args(["--dataset", name]).dataset for name in names} == {str(folder)}
 
 
 def test_results_that_were_lost_are_written_again(begun):
@@ -1282,7 +1309,13 @@ def test_the_default_output_folder_is_named_by_what_is_not_the_default(flags, ou
     assert pah.parse_args(flags.split()).out == out
 
 
-@pytest.mark.parametrize("flags", ["--pretrained", "--stem 7x7 --width 16", "--augment flip"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--pretrained", "--stem 7x7 --width 16", "--augment flip", "--val-fraction 1"),
+        "--class-order x --shuffle-classes",
+    ],
+)
 def test_options_that_do_not_go_together(flags, capsys):
     with pytest.raises(SystemExit):
         pah.parse_args(flags.split())
@@ -1291,6 +1324,7 @@ def test_options_that_do_not_go_together(flags, capsys):
 
 def test_mean_and_deviation_of_several_seeds():
     runs = [{"AA": 80.0, "FM": 1.0, "LA": 81.0}, {"AA": 82.0, "FM": 3.0, "LA": 84.0}]
+    assert pah.describe([{"AA": 80.0, "FM": None, "LA": None}]) == "AA 80.00"
     assert pah.describe(runs) == "AA 81.00  +- 1.41  FM  2.00  +- 1.41  LA 82.50  +- 2.12"
     assert pah.describe(runs[:1]) == "AA 80.00  FM  1.00  LA 81.00"
 
@@ -1304,7 +1338,7 @@ def test_a_mistake_is_one_line_and_the_output_is_ascii(tmp_path):
     assert again.returncode == 1
     assert (
         again.stderr
-        == f"pah.py: {tmp_path}/seed0 holds this run already: add --resume, or change --out\n"
+        == f"pah.py: {tmp_path}/seed0 holds this run already: add --resume, or give another --out\n"
     )
 
 

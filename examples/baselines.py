@@ -51,6 +51,7 @@ class MultiHead(nn.Module):
         self.backbone = backbone or pah.make_backbone(args)
         self.dtype = pah.DTYPES[args.precision]
         self.strength = args.strength
+        self.num_classes = sum(len(task.classes) for task in tasks)
         dim = dim or pah.feature_dim(self.backbone, tasks[0].train_images.shape[-1])
         shape = (len(tasks), max(len(task.classes) for task in tasks))
         self.stored_heads = nn.Parameter(torch.empty(*shape, dim).uniform_(-1, 1) / math.sqrt(dim))
@@ -280,7 +281,7 @@ class AGEM(Replay):
         return {"ce": with_gradient(terms["ce"], weights, projected(gradient, reference))}
 
     def end_task(self, task, images, labels):
-        per_class = STORED_IMAGES // self.present.numel()
+        per_class = STORED_IMAGES // self.num_classes
         for c in labels.unique().tolist():
             chosen = torch.nonzero(labels == c).flatten()
             chosen = chosen[torch.randperm(len(chosen)).to(chosen.device)][:per_class]
@@ -365,7 +366,7 @@ class GCR(Replay):
             candidates[t] = [column[rows] for column in columns]
         for t, (x, y, stored, weights) in sorted(candidates.items()):
             gradients = self.head_gradients(t, x, y, stored)
-            budget = STORED_IMAGES // (task + 1) // self.present.shape[1]
+            budget = STORED_IMAGES // int(self.present.sum())
             for c in y.unique().tolist():
                 own = torch.nonzero(y == c).flatten()
                 chosen, new = matching(gradients[own], weights[own] @ gradients[own], budget)
@@ -380,6 +381,7 @@ class GCR(Replay):
         """Of each image's loss for the head of its task: (N, C * D)."""
         features = torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
         logits = features @ self.stored_heads[task].T
+        logits = logits.masked_fill(~self.present[task], pah.ABSENT)
         classes = logits.shape[1]
         slope = self.beta * (logits.softmax(1) - F.one_hot(labels, classes))
         slope += self.strength * 2 / classes * (logits - stored)
@@ -617,13 +619,13 @@ def main(argv=None):
     pah.set_up(args.device)
     results = []
     for seed in args.seeds:
-        tasks, R = pah.load_tasks(args, seed), []
+        tasks = pah.load_tasks(args, seed)
         torch.manual_seed(seed)
         model = build(args, tasks).to(args.device)
-        if args.method == "joint":  # there are no accuracies before the end
-            R = [[math.nan] * k for k in range(1, len(tasks))]
-            tasks = joined(tasks)
-        results.append(pah.run(args, seed, model, tasks, R))
+        skipped = 0
+        if args.method == "joint":
+            tasks, skipped = joined(tasks), len(tasks) - 1
+        results.append(pah.run(args, seed, model, tasks, skipped))
     print(pah.describe(results))
 
 
@@ -632,3 +634,5 @@ if __name__ == "__main__":
         main()
     except pah.UserError as error:
         sys.exit(f"baselines.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on after the last finished task")

@@ -65,12 +65,7 @@ def setting(args):
 def numbers(result):
     """AA, FM, LA, class-incremental accuracy, seconds and BWT; NaN where a run has none."""
     R = result["accuracy"]
-    learned = [row[-1] if row else math.nan for row in R]
-    FM, LA = pah.forgetting(R), sum(learned) / len(R)
-    BWT = (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1)
-    if len(R) < len(R[-1]):  # joint training in earlier versions
-        FM = LA = BWT = math.nan
-    AA = pah.average_accuracy(R)
+    AA, FM, BWT, LA = (math.nan if value is None else value for value in pah.metrics(R).values())
     if not (result["complete"] and math.isfinite(AA)):
         raise ValueError("not finished")
     return AA, FM, LA, result["class_incremental"][-1], result["seconds"], BWT
@@ -192,8 +187,10 @@ def main(argv=None):
     parser.add_argument("--picture", help="instead: draw the accuracies of the one run there")
     args = parser.parse_args(argv)
     if args.picture:
-        (path,) = find_results(args.folders)
-        draw(json.loads(path.read_text()), args.picture)
+        paths = list(find_results(args.folders))
+        if len(paths) != 1:
+            sys.exit(f"report.py: --picture draws one run, and {len(paths)} are there")
+        draw(json.loads(paths[0].read_text()), args.picture)
         return
     printers = {"text": print_text, "markdown": print_markdown, "latex": print_latex}
     groups = collect(args.folders)
