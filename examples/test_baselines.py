@@ -71,6 +71,22 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     assert r["stored"]["weights"] == sum(r["parameters"].values())
 
 
+@pytest.mark.parametrize("method, images", [("agem", 100), ("gcr", 200)])
+def test_memories_are_shared_by_the_classes_that_there_are(method, images, tmp_path):
+    sizes = ["--tasks", 10, 2, 2, 2, 2, 2]
+    r = run(method, tmp_path, *sizes, "--epochs", 1, "--stop-after", 1)
+    assert r["stored"]["images"] == images
+
+
+def test_gcr_takes_no_notice_of_classes_that_a_task_lacks():
+    model, images, labels = made("gcr")
+    model.present[1, 0] = True
+    stored = model(pah.normalise(images), 2)[:, 1]
+    with torch.no_grad():
+        gradients = model.eval().head_gradients(1, images, labels * 0, stored)
+    assert gradients.abs().max() < 100
+
+
 def test_joint_training_is_tested_on_each_task(tmp_path):
     flags = "joint --dataset synthetic --tasks 5 --width 4 --epochs 1 --precision fp32 --device cpu"
     baselines.main([*flags.split(), "--out", str(tmp_path)])
