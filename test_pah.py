@@ -188,6 +188,11 @@ def test_a_backbone_of_one_size_says_what_to_do():
     assert model(torch.randn(2, 3, 12, 12), K).shape == (2, K, C)
 
 
+def test_a_backbone_that_returns_maps_is_refused():
+    with pytest.raises(UserError, match=r"return \(batch, D\), not \(1, 4, 10, 10\)"):
+        PAH(nn.Conv2d(3, 4, 3, padding=1), K, C)
+
+
 def test_the_backbone_is_left_as_it_was_given():
     backbone = ResNet18(4)
     before = copy.deepcopy(backbone.state_dict())
@@ -384,7 +389,7 @@ def test_evaluate_by_hand():
             [[2, 0, 0], [0, 5, 0]],  # of class 0: right, wrong without the task
             [[0, 0, 0], [0, 0, 1]],  # of class 2: right, right without the task
             [[9, 0, 0], [0, 1, 0]],  # of class 2: wrong, wrong
-            [[0, 0, 2], [0, 0, 1]],  # of class 2: right, wrong without the task
+            [[0, 2, 0], [0, 0, 1]],  # of class 2: right, wrong without the task
         ]
     )
     images = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
