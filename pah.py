@@ -334,13 +334,12 @@ def orthogonalised(x):
     """About U V^T of a matrix U S V^T, by three Newton-Schulz steps (Jordan et al. 2024)."""
     if x.shape[0] > x.shape[1]:
         return orthogonalised(x.mT).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm() + 1e-7)
     for _ in range(3):
         gram = x @ x.mT
-        # 3.4445 x + (-4.7750 gram + 2.0315 gram gram) x
-        x = torch.addmm(
-            x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.addmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x
 
 
@@ -360,7 +359,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         group = self.param_groups[0]
         lr = self.turns * group["lr"]
         learning = [p for p in group["params"] if p.grad is not None]
@@ -563,7 +562,7 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a temporary path, renamed to `path` at the end: nothing is ever there half-written."""
+    """Yield a temporary path that becomes `path` at the end, so that `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
     try:
@@ -847,7 +846,7 @@ def run(args, seed, model, tasks, skipped=0):
         results = saved["results"]
         check_same_run(folder, results, args, class_order)
         model.load_state_dict(saved["model"])
-        save(folder, results, model)  # a run may be killed between checkpoint and results.json
+        save(folder, results, model)  # in case it was killed before results.json was written
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} has files but no checkpoint: give another --out")
     if RANK == 0:
@@ -988,22 +987,12 @@ def make_parser():
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
     add(
-        "--sp-updates",
-        choices=("prototypes", "all"),
-        default="prototypes",
-        help="which parameters L_sp trains",
+        "--sp-updates", choices=("prototypes", "all"), default="prototypes", help="what L_sp trains"
     )
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
-    add(
-        "--proto-init",
-        choices=("semantic", "random"),
-        default="semantic",
-        help="training images or noise",
-    )
+    add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
     add("--hidden", type=int, default=64, help="width of the hypernetwork")
-    add(
-        "--stem", choices=("3x3", "7x7"), default="3x3", help="7x7: torchvision's, for large images"
-    )
+    add("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7 for large images")
     add("--width", type=int, default=64, help="of the backbone; D is 8 times this")
     add("--pretrained", action="store_true", help="ImageNet weights; needs --stem 7x7")
     # training
@@ -1028,7 +1017,8 @@ def parse_args(argv=None, parser=None):
     parser = parser or make_parser()
     args = parser.parse_args(argv)
     check_options(args, parser)
-    if args.dataset not in PUBLISHED and Path(args.dataset).is_dir():
+    named = args.dataset == "synthetic" or args.dataset in PUBLISHED
+    if not named and Path(args.dataset).is_dir():
         args.dataset = str(Path(args.dataset).resolve())
     args.out = args.out or default_out(args, parser)
     args.precision = args.precision or default_precision(args.device)
@@ -1038,7 +1028,7 @@ def parse_args(argv=None, parser=None):
 
 
 def check_options(args, parser):
-    """Ends the program where options do not go together."""
+    """Exit with a message if options do not go together."""
     if args.stem == "7x7" and args.width != 64:
         parser.error("--stem 7x7 is torchvision's ResNet-18, of --width 64")
     if args.stem != "7x7" and args.pretrained:
@@ -1069,7 +1059,7 @@ def default_precision(device):
 
 
 def set_up(device):
-    """What holds for the whole process; under torchrun each has a GPU of its own."""
+    """Settings of the whole process. Under torchrun each process has a GPU of its own."""
     torch.backends.cudnn.benchmark = True
     if sys.platform == "linux":  # let glibc keep freed memory: a tenth of a step on a CPU
         libc = ctypes.CDLL(None)

@@ -1257,6 +1257,14 @@ def test_stop_after_more_tasks_than_there_are(number, tmp_path):
         run_main(*TINY, "--stop-after", number, "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["synthetic", "cifar100"])
+def test_a_known_name_is_not_taken_for_a_folder(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pah.parse_args(["--dataset", name]).dataset == name
+    assert pah.parse_args(["--dataset", f"./{name}"]).dataset == str(tmp_path / name)
+
+
 def test_a_folder_is_the_same_however_it_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     names = [f"./{folder.name}", f"{folder.name}/", folder.name, str(folder)]
