@@ -392,5 +392,6 @@ def test_each_head_sees_the_features_of_its_task(method):
     x = pah.normalise(images)
     together = model(x, 3)
     for task in range(3):
-        torch.testing.assert_close(together[:, task], model.own_logits(x, task))
+        own = model.own_logits(x, task)  # of some hundreds
+        torch.testing.assert_close(together[:, task], own, rtol=1e-4, atol=1e-3)
     assert (together[:, 0] - together[:, 1]).abs().max() > 1e-3
