@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(
-    3, 1, 1
-)  # ImageNet's, so that no later task is looked at
+# ImageNet's mean and standard deviation, so that no later task is looked at
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 ABSENT = -1e4  # the logit of a class that a task does not have
 RANK = int(os.environ.get("RANK", "0"))  # number of this process, set by torchrun
@@ -54,7 +53,7 @@ def normalise(images):
     Raises UserError for any other type: floats between 0 and 1 would train to chance.
     """
     if images.dtype != torch.uint8:
-        raise UserError(f"images must be uint8, from 0 to 255, but these are {images.dtype}")
+        raise UserError(f"images must be uint8, from 0 to 255, not {images.dtype}")
     mean = MEAN.to(images.device, non_blocking=True)
     std = STD.to(images.device, non_blocking=True)
     return (images.float() / 255 - mean) / std
@@ -187,7 +186,7 @@ def feature_dim(backbone, size):
     except Exception as error:
         raise UserError(
             f"the backbone cannot take prototypes of {size}x{size} pixels ({error}): "
-            "give PAH another proto_size, for example that of the images"
+            "give PAH a larger proto_size, for example the size of the images"
         ) from error
     if features.ndim != 2:
         raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
@@ -258,8 +257,8 @@ def forgetting(R):
 def evaluate(model, tasks):
     """A row of R: accuracies in percent on the test images of `tasks`, all tasks so far.
 
-    Also returns the class-incremental accuracy: the same, as a mean over tasks, when the task is
-    not told and the largest logit of all heads decides.
+    Also returns the class-incremental accuracy: the mean over tasks without task labels, where
+    the largest logit of all heads decides.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -519,7 +518,7 @@ def learn(
             # one sum, so that a GPU is waited for once; NaN and infinity survive it
             if not sum(value.sum() for value in model.state_dict().values()).isfinite():
                 where = f"epoch {epoch + 1} of task {k + 1}"
-                raise UserError(f"NaN in {where}: try a lower --lr, or --precision fp32")
+                raise UserError(f"NaN weights in {where}: try a lower --lr, or --precision fp32")
 
         if hasattr(model, "end_task"):
             model.end_task(k, images, labels)
@@ -602,7 +601,7 @@ def load_dataset(name, root="data", image_size=None):
         with whole_file(cache) as temporary:
             torch.save(list(data), temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        print(f"going on without a cache: {error}", file=sys.stderr)
+        print(f"continuing without a cache: {error}", file=sys.stderr)
     return data
 
 
@@ -744,11 +743,13 @@ def split_tasks(data, tasks=10, order=None):
         each = n // max(1, tasks)
         sizes = [n - each * (tasks - 1)] + [each] * (tasks - 1)
     if sum(sizes) != n or min(sizes) < 2:
-        raise UserError(f"--tasks {tasks}: {n} classes do not make such tasks of two or more each")
+        raise UserError(
+            f"--tasks {tasks}: {n} classes cannot be split like that; a task needs two or more"
+        )
     if order is None:
         order = range(n)
     if sorted(order) != list(range(n)):
-        raise UserError(f"the order of {n} classes must name each of them once, and nothing else")
+        raise UserError(f"the class order must name each of the {n} classes exactly once")
     split = []
     for members in torch.tensor(list(order)).split(sizes):
         train = select(data.train_images, data.train_labels, members)
@@ -838,7 +839,7 @@ def run(args, seed, model, tasks, skipped=0):
     folder = Path(args.out) / f"seed{seed}"
     num_tasks = args.stop_after or len(tasks)
     if not 1 <= num_tasks <= len(tasks):
-        raise UserError(f"--stop-after {num_tasks}: there are {len(tasks)} tasks")
+        raise UserError(f"--stop-after {num_tasks}: there are only {len(tasks)} tasks")
     class_order = [list(task.classes) for task in tasks]
     results = {"accuracy": [], "class_incremental": [], "seconds": 0.0}
     if (folder / "checkpoint.pt").exists():
@@ -848,7 +849,7 @@ def run(args, seed, model, tasks, skipped=0):
         model.load_state_dict(saved["model"])
         save(folder, results, model)  # in case it was killed before results.json was written
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} has files but no checkpoint: give another --out")
+        raise UserError(f"{folder} has files but no checkpoint.pt: choose another --out")
     if RANK == 0:
         print(f"{num_tasks} tasks, {args.device}, {args.precision}: {folder}")
 
@@ -893,14 +894,14 @@ def check_same_run(folder, results, args, class_order):
         if name not in MAY_DIFFER and there.get(name) != here[name]
     ]
     if results["class_order"] != class_order:
-        differing.append("another order of classes")
+        differing.append("a different class order")
     if differing:
         differing = ", ".join(differing)
         raise UserError(
-            f"{folder} holds another run ({differing}): give its options, or another --out"
+            f"{folder} holds a different run ({differing}): use its options, or another --out"
         )
     if not args.resume:
-        raise UserError(f"{folder} holds this run already: add --resume, or give another --out")
+        raise UserError(f"{folder} already holds this run: add --resume, or choose another --out")
 
 
 def metrics(R):
@@ -977,18 +978,17 @@ def make_parser():
     add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
     add("--data", default="data", help="folder of downloads and caches")
     add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
-    add("--image-size", type=int, help="side in pixels, the data set's own if None")
-    add("--shuffle-classes", action="store_true", help="order of classes by seed, not by label")
-    add("--class-order", help="file with a class per line, names or numbers")
-    add("--val-fraction", type=float, default=0.0, help="test on this part of the training images")
-    add("--stop-after", type=int, help="number of tasks to learn, all if None")
+    add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
+    add("--shuffle-classes", action="store_true", help="class order by seed, not by label")
+    add("--class-order", help="file with one class per line, names or numbers")
+    add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
+    add("--stop-after", type=int, help="learn only the first tasks, this many")
     # method
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
-    add(
-        "--sp-updates", choices=("prototypes", "all"), default="prototypes", help="what L_sp trains"
-    )
+    parts = ("prototypes", "all")
+    add("--sp-updates", choices=parts, default=parts[0], help="what L_sp trains")
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
     add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
     add("--hidden", type=int, default=64, help="width of the hypernetwork")
@@ -1006,10 +1006,10 @@ def make_parser():
     add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--precision", choices=DTYPES, help="of the backbone, bf16 if None and fast")
+    add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the backbone")
-    add("--out", help="folder of the runs, in runs/ and named by the options if None")
-    add("--resume", action="store_true", help="go on after the last finished task")
+    add("--out", help="output folder; if None, runs/ and a name made of the options")
+    add("--resume", action="store_true", help="continue after the last finished task")
     return parser
 
 
@@ -1028,15 +1028,15 @@ def parse_args(argv=None, parser=None):
 
 
 def check_options(args, parser):
-    """Exit with a message if options do not go together."""
+    """Exit with a message if options contradict each other."""
     if args.stem == "7x7" and args.width != 64:
         parser.error("--stem 7x7 is torchvision's ResNet-18, of --width 64")
     if args.stem != "7x7" and args.pretrained:
         parser.error("--pretrained needs --stem 7x7")
     if args.class_order and args.shuffle_classes:
-        parser.error("--class-order and --shuffle-classes: only one of them")
+        parser.error("--class-order and --shuffle-classes cannot be combined")
     if not 0 <= args.val_fraction < 1:
-        parser.error("--val-fraction must be at least 0 and less than 1")
+        parser.error("--val-fraction must be at least 0 and below 1")
 
 
 def default_out(args, parser):
@@ -1092,4 +1092,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"pah.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume goes on after the last finished task")
+        sys.exit("stopped; --resume continues after the last finished task")

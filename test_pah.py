@@ -674,7 +674,7 @@ def test_nan_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0].data[0] = float("nan")
 
     monkeypatch.setattr(pah.Muon, "step", breaking)
-    with pytest.raises(UserError, match="NaN in epoch 1 of task 2: .* --lr"):
+    with pytest.raises(UserError, match="NaN weights in epoch 1 of task 2: .* --lr"):
         run_main(*TINY, "--out", tmp_path)
     assert len(results(tmp_path)["accuracy"]) == 1
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -784,13 +784,13 @@ def test_split_tasks_of_different_sizes(tasks, sizes):
 
 @pytest.mark.parametrize("tasks", [0, 4, 6, 7, [2, 2], [3, 4], [5, 1]])
 def test_tasks_that_cannot_be_made(tasks):
-    with pytest.raises(UserError, match="--tasks .*: 6 classes do not make such tasks"):
+    with pytest.raises(UserError, match="--tasks .*: 6 classes cannot be split like that"):
         split_tasks(numbered_data(), tasks)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6]])
 def test_an_order_must_name_each_class_once(order):
-    with pytest.raises(UserError, match="name each of them once"):
+    with pytest.raises(UserError, match="name each of the 6 classes exactly once"):
         split_tasks(numbered_data(), 3, order)
 
 
@@ -901,7 +901,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 
     monkeypatch.setattr(torch, "save", full)
     assert len(load_dataset("cifar100", tmp_path / "data").train_images) == 200
-    assert "going on without a cache" in capsys.readouterr().err
+    assert "continuing without a cache" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-100-python"]
 
 
@@ -1207,7 +1207,7 @@ def begun(tmp_path):
 
 def test_a_run_is_not_written_over(begun):
     with pytest.raises(
-        UserError, match="holds this run already: add --resume, or give another --out"
+        UserError, match="already holds this run: add --resume, or choose another --out"
     ):
         run_main(*TINY, "--stop-after", 2, "--out", begun)
 
@@ -1215,7 +1215,7 @@ def test_a_run_is_not_written_over(begun):
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_another_run_is_refused_by_the_options_that_differ(resume, begun):
     options = r"\(--lam 1.0 there, 0.0 here, --precision fp32 there, bf16 here\)"
-    with pytest.raises(UserError, match=f"another run {options}"):
+    with pytest.raises(UserError, match=f"a different run {options}"):
         run_main(*TINY, "--lam", 0, "--precision", "bf16", "--out", begun, *resume)
 
 
@@ -1225,7 +1225,7 @@ def test_another_order_of_classes_is_another_run(begun, tmp_path):
     flags = [*TINY, "--class-order", order, "--out", tmp_path / "o"]
     run_main(*flags, "--stop-after", 1)
     order.write_text("".join(f"{c}\n" for c in reversed(range(20))))
-    with pytest.raises(UserError, match="another order of classes"):
+    with pytest.raises(UserError, match="a different class order"):
         run_main(*flags, "--resume")
 
 
@@ -1253,7 +1253,7 @@ def test_a_finished_run_keeps_its_record(learned):
 
 @pytest.mark.parametrize("number", [-1, 6])
 def test_stop_after_more_tasks_than_there_are(number, tmp_path):
-    with pytest.raises(UserError, match="there are 5 tasks"):
+    with pytest.raises(UserError, match="there are only 5 tasks"):
         run_main(*TINY, "--stop-after", number, "--out", tmp_path)
 
 
@@ -1351,7 +1351,7 @@ def test_a_mistake_is_one_line_and_the_output_is_ascii(tmp_path):
     assert again.returncode == 1
     assert (
         again.stderr
-        == f"pah.py: {tmp_path}/seed0 holds this run already: add --resume, or give another --out\n"
+        == f"pah.py: {tmp_path}/seed0 already holds this run: add --resume, or choose another --out\n"
     )
 
 

@@ -600,9 +600,9 @@ def parse_args(argv=None):
         unknown.append("stop_after")
     for name in unknown:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} means nothing to {args.method}")
+            parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
     if pah.WORLD > 1:
-        parser.error("several processes: only pah.py itself")
+        parser.error("only pah.py itself runs with several processes")
     if args.strength is None:
         args.strength = method.strength
     return args
@@ -635,4 +635,4 @@ if __name__ == "__main__":
     except pah.UserError as error:
         sys.exit(f"baselines.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume goes on after the last finished task")
+        sys.exit("stopped; --resume continues after the last finished task")

@@ -114,20 +114,20 @@ def test_an_option_that_means_nothing_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         baselines.parse_args(flags.split())
     method, option, _ = flags.split()
-    assert f"{option} means nothing to {method}" in capsys.readouterr().err
+    assert f"{option} has no effect on {method}" in capsys.readouterr().err
 
 
 def test_the_run_of_another_method_is_refused(tmp_path):
     run("finetune", tmp_path, "--epochs", 1, "--stop-after", 1)
     with pytest.raises(pah.UserError, match="--method finetune there, si here"):
         run("si", tmp_path, "--epochs", 1, "--resume")
-    with pytest.raises(pah.UserError, match="holds this run already"):
+    with pytest.raises(pah.UserError, match="already holds this run"):
         run("finetune", tmp_path, "--epochs", 1)
 
 
 def test_pah_refuses_the_run_of_a_method(tmp_path):
     run("finetune", tmp_path, "--epochs", 1, "--stop-after", 1)
-    with pytest.raises(pah.UserError, match="holds another run"):
+    with pytest.raises(pah.UserError, match="holds a different run"):
         pah.main([*RUN, "--epochs", "3", "--resume", "--out", str(tmp_path)])
 
 

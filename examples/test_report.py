@@ -133,6 +133,8 @@ def test_the_papers_rows_stand_above_its_data_sets(leave, tmp_path, capsys):
     rows, _ = rows_of(tmp_path, capsys)
     cells = [re.split("  +", row)[1:3] for row in rows if row.startswith("PAH (reported)")]
     assert cells == [["74.46 ± 0.08", "1.71 ± 0.02"], ["63.65 ± 1.94", "4.43 ± 0.07"]]
+    cells = [re.split("  +", row)[1:3] for row in rows if row.startswith("PAH, with a dagger")]
+    assert cells == [["60.48 ± 0.148", "3.24 ± 0.6"]]  # on TinyImageNet only
 
 
 def test_a_picture_has_one_colour_scale(leave, tmp_path):
@@ -142,6 +144,27 @@ def test_a_picture_has_one_colour_scale(leave, tmp_path):
     high, low = (Image.open(tmp_path / f"{name}.png").getcolors(10**6) for name in ("high", "low"))
     assert (20, 80, 180) in [colour for _, colour in high]
     assert (20, 80, 180) not in [colour for _, colour in low]
+
+
+def test_the_picture_of_prototypes_shows_where_they_started(tmp_path):
+    """With a learning rate of zero both halves are alike, otherwise not."""
+    flags = "--dataset synthetic --tasks 5 --stop-after 2 --width 4 --precision fp32 --device cpu"
+    for rate in ("0", "0.01"):
+        out = ["--out", str(tmp_path / rate), "--seeds", "1", "--proto-lr", rate]
+        pah.main([*flags.split(), "--epochs", "1", *out])
+        report.main([str(tmp_path / rate), "--prototypes", str(tmp_path / f"{rate}.png")])
+        picture = Image.open(tmp_path / f"{rate}.png")
+        first = picture.crop((56, 136, 56 + 4 * 64, 136 + 2 * 64))
+        last = picture.crop((344, 136, 344 + 4 * 64, 136 + 2 * 64))
+        assert (first.tobytes() == last.tobytes()) == (rate == "0")
+        assert len(first.getcolors(10**6)) > 100
+
+
+def test_a_picture_shows_a_single_run(leave, tmp_path):
+    leave("a", 0, 80.0)
+    leave("a", 1, 80.0)
+    with pytest.raises(SystemExit, match="one run, but 2 were found"):
+        report.main([str(tmp_path), "--picture", str(tmp_path / "a.png")])
 
 
 # -----------------------------------------------------------------------------
