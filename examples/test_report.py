@@ -1,9 +1,10 @@
-"""Tables and pictures of report.py, the README's tables among them, and bench.py."""
+"""report.py, bench.py, the tables of README.md and assets/results.md, and run_all.sh."""
 
 import json
 import math
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import baselines
@@ -15,6 +16,7 @@ from PIL import Image
 
 ROOT = Path(pah.__file__).parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "assets/results.md").read_text()
 
 
 @pytest.fixture
@@ -199,22 +201,39 @@ def test_the_prediction_is_between_the_tasks_that_were_measured():
 
 
 # -----------------------------------------------------------------------------
-# The README
+# README.md and assets/results.md
 
 
-def readme_rows():
-    """(command, cells) of each row with results: its command is the last one above, and its flags."""
+def printed():
+    """What report.py prints of the committed results: {(data set, setting): cells}."""
+    rows = {}
+    for group, settings in report.collect([ROOT / "assets/results"]).items():
+        for name, *cells in report.table(group, settings)[1:]:
+            if "(reported)" not in name:
+                rows[group, name] = cells
+    return rows
+
+
+def setting_of(words):
+    """(data set, setting) of a command's options, as report.py names them."""
+    of_method = set(words) & set(baselines.METHODS)
+    parse = baselines.parse_args if of_method else pah.parse_args
+    return report.setting(vars(parse(words)))
+
+
+def rows_of_results():
+    """(setting, first cell, other cells) of each row: the last command above it, and its options."""
     command = ""
-    for line in README.splitlines():
-        command = (re.findall("`python ([^`]*)`", line) or [command])[-1]
+    for line in RESULTS.splitlines():
+        command = (re.findall("`python pah.py *([^`]*)`", line) or [command])[-1]
         words, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and len(cells) >= 6 and cells[0][:1].isdigit() and cells[5]:
-            flags = [flag for code in re.findall("`(.*?)`", words) for flag in code.split()]
-            yield command.split()[1:], flags, words, cells
+            options = [word for code in re.findall("`(.*?)`", words) for word in code.split()]
+            yield setting_of([*command.split(), *options]), words, cells
 
 
-def kept(name):
-    """What stays after all tasks: numbers and images."""
+def stored(name):
+    """What is left after the last task: parameters and images."""
     for path in (ROOT / "assets/results").rglob("results.json"):
         run = json.loads(path.read_text())
         if report.setting(run["args"]) == name:
@@ -225,22 +244,126 @@ def kept(name):
     return None
 
 
-def test_the_readmes_tables_are_what_report_prints():
-    printed, shown = {}, set()
-    for group, settings in report.collect([ROOT / "assets/results"]).items():
-        rows = report.table(group, settings)[1:]
-        printed |= {(group, row[0]): row[1:7] for row in rows if "(reported)" not in row[0]}
-    reported = {}
+def test_the_tables_of_results_md_are_what_report_prints():
+    reported, shown = {}, set()
     for line in report.REPORTED:
         name, *cells = line.split(" | ")
         reported[name.split(",")[0]] = " / ".join(cell.split()[0] for cell in cells[:2])
-    for command, flags, words, cells in readme_rows():
-        of_method = bool(set(flags) & set(baselines.METHODS))
-        parse = baselines.parse_args if of_method else pah.parse_args
-        name = report.setting(vars(parse([*command, *flags])))
-        assert cells[:6] == printed[name], name
+    rows = printed()
+    for name, words, cells in rows_of_results():
+        assert cells[:6] == rows[name][:6], name
         if len(cells) > 6:
-            method = words.split(":")[0].split(",")[0]
-            assert cells[6:] == [kept(name), reported.get(method, "")], name
+            assert cells[6] == stored(name), name
+        if len(cells) > 7:
+            assert cells[7] == reported.get(words.split(":")[0], ""), name
         shown.add(name)
-    assert shown == set(printed)
+    assert shown == set(rows)
+
+
+def test_the_table_of_the_readme_is_what_report_prints():
+    lines = [line for line in README.splitlines() if line.startswith("| ")]
+    ours = [line.split("|") for line in lines if "`python pah.py --" in line and " ± " in line]
+    assert len(ours) == 2
+    for _, _, command, AA, FM, _ in ours:
+        cells = printed()[setting_of(command.strip(" `").split()[2:])]
+        assert [AA.strip(), FM.strip()] == cells[:2]
+        assert f"{float(cells[3].split()[0]):.0f} %" in README  # without task labels
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
+def test_the_papers_figures_are_as_in_report(text):
+    papers = [line for line in report.REPORTED if line.startswith("PAH")]
+    pairs = {tuple(line.split(" | ")[i : i + 2]) for line in papers for i in (1, 3)}
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\|.*\bpaper\b.*±", line)]
+    assert len(rows) >= 2
+    for row in rows:
+        cells = [cell.strip() for cell in row if "±" in cell]
+        assert tuple(cells[:2]) in pairs
+
+
+# -----------------------------------------------------------------------------
+# run_all.sh
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """A function that starts run_all.sh with a stand-in for Python: (its end, calls of it).
+
+    The stand-in notes what it is called with; there are `gpus` GPUs, and `failing` fails.
+    """
+    here = tmp_path / "with blanks"
+    here.mkdir()
+    (here / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+
+    def start(*flags, gpus=0, failing="nothing", **env):
+        (here / "calls").unlink(missing_ok=True)
+        stub = here / "python"
+        stub.write_text(
+            "#!/bin/sh\n"
+            'case "$*" in\n'
+            f"  *device_count*) echo {gpus} ;;\n"
+            '  *bench.py*) echo "predicted: 1 day, 1:02:03 per seed, 90123 s" ;;\n'
+            '  *) echo "$CUDA_VISIBLE_DEVICES $*" >>calls ;;\n'
+            "esac\n"
+            f'case "$*" in *{failing}*) exit 1 ;; esac\n'
+        )
+        stub.chmod(0o755)
+        env = os.environ | {"PYTHON": str(stub), "CUDA_VISIBLE_DEVICES": ""} | env
+        command = ["bash", str(here / "run_all.sh"), *flags]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        calls = here / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return start
+
+
+def test_run_all_runs_every_setting_once(run_all):
+    done, calls = run_all("--quick")
+    assert done.returncode == 0, done.stderr
+    assert "27 settings, 2 seeds, 1 at a time: 1351 h 50 min" in done.stdout
+    *calls, last = calls
+    assert last.split() == ["examples/report.py", "runs"]
+    assert len(set(calls)) == len(calls) == 27
+    outs = set()
+    for call in calls:
+        script, *flags = call.split()
+        parse = pah.parse_args if script == "pah.py" else baselines.parse_args
+        args = parse(flags)
+        assert args.resume and args.seeds == [0, 1]
+        outs.add(args.out)
+    assert len(outs) == 27
+
+
+def test_run_all_shares_the_settings_among_gpus(run_all):
+    done, (*calls, _) = run_all(gpus=2, CUDA_VISIBLE_DEVICES="4,7")
+    assert done.returncode == 0, done.stderr
+    assert len({call.split(" ", 1)[1] for call in calls}) == len(calls) == 40
+    assert {call.split()[0] for call in calls} == {"4", "7"}
+    assert sum(call.startswith("4") for call in calls) == 20
+
+
+def test_run_all_goes_on_after_a_failure_and_reports_it(run_all):
+    for gpus in (0, 2):
+        done, calls = run_all("--quick", gpus=gpus, failing="sp-updates")
+        assert done.returncode == 1
+        assert len(calls) == 28
+
+
+def test_run_all_plans_without_running(run_all):
+    done, calls = run_all("--plan")
+    assert done.returncode == 0
+    assert calls == []
+    assert "40 settings" in done.stdout
+
+
+def test_run_all_stops_if_the_data_cannot_be_read(run_all):
+    done, calls = run_all(failing="bench.py")
+    assert done.returncode == 1
+    assert calls == []
+
+
+def test_run_all_without_torch(run_all):
+    done, calls = run_all(failing="device_count")
+    assert done.returncode == 1
+    assert calls == []
+    assert "PYTHON=.venv/bin/python ./run_all.sh" in done.stdout
