@@ -5,11 +5,17 @@
 #   ./run_all.sh --quick   the same on synthetic data, small and with two seeds
 #   ./run_all.sh --plan    only predict how many hours it takes
 #
-# Start it again at any time: finished runs are skipped, others continue. Several GPUs share the
-# settings, and each writes a log. PYTHON names another interpreter.
+# Further options, such as --data FOLDER, go to every run. Start it again at any time: finished runs
+# are skipped, others continue. Several GPUs share the settings, and each writes a log. PYTHON names
+# another interpreter.
 cd "$(dirname "$0")" || exit 1
-python=${PYTHON:-python3} mode=$1 seeds=(0 1 2)
-if [ "$mode" = --quick ]; then seeds=(0 1); fi
+python=${PYTHON:-python3} mode=all seeds=(0 1 2)
+case $1 in
+  --quick | --plan) mode=${1#--} && shift ;;
+  -h | --help) sed -n 's/^# //p' "$0" && exit ;;
+esac
+if [ $mode = quick ]; then seeds=(0 1); fi
+more=("$@")
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || {
   echo "run_all.sh: $python has no torch; try PYTHON=.venv/bin/python ./run_all.sh"
   exit 1
@@ -20,12 +26,12 @@ run() { # SCRIPT OPTIONS...: one setting with all seeds, if it is this worker's 
   number=$((number + 1)) total=$((total + ${#seeds[@]} * seconds))
   if [ "$worker" = $((number % workers)) ]; then
     echo "$*"
-    "$python" "$@" --seeds "${seeds[@]}" --resume || failed=1
+    "$python" "$@" "${more[@]}" --seeds "${seeds[@]}" --resume || failed=1
   fi
 }
 benchmark() { # OPTIONS...: PAH and its controls
   if [ "$worker" = plan ]; then # this also downloads the data, once
-    predicted=$("$python" examples/bench.py "$@") || exit 1
+    predicted=$("$python" examples/bench.py "$@" "${more[@]}") || exit 1
     predicted=${predicted##*$'\n'} # the last line: predicted: 0:01:30 per seed, 90 s
     echo "pah.py $*: $predicted"
     seconds=${predicted##*, } seconds=${seconds% s}
@@ -48,7 +54,7 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
 }
 all() { # WORKER: its number, or plan
   worker=$1 number=0 total=0 failed=0
-  if [ "$mode" = --quick ]; then
+  if [ $mode = quick ]; then
     benchmark --dataset synthetic --tasks 5 --width 8 --epochs 3
     variants --dataset synthetic --tasks 5 --width 8 --epochs 3
   else
@@ -65,7 +71,7 @@ all() { # WORKER: its number, or plan
 all plan
 minutes=$((total / workers / 60))
 echo "$number settings, ${#seeds[@]} seeds, $workers at a time: $((minutes / 60)) h $((minutes % 60)) min"
-if [ "$mode" = --plan ]; then exit; fi
+if [ $mode = plan ]; then exit; fi
 
 trap 'trap "" TERM; kill 0; wait; echo "stopped; start it again to continue"; exit 130' INT TERM
 mkdir -p runs

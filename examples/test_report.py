@@ -318,7 +318,7 @@ def run_all(tmp_path):
 
 
 def test_run_all_runs_every_setting_once(run_all):
-    done, calls = run_all("--quick")
+    done, calls = run_all("--quick", "--data", "my data")
     assert done.returncode == 0, done.stderr
     assert "27 settings, 2 seeds, 1 at a time: 1351 h 50 min" in done.stdout
     *calls, last = calls
@@ -326,10 +326,12 @@ def test_run_all_runs_every_setting_once(run_all):
     assert len(set(calls)) == len(calls) == 27
     outs = set()
     for call in calls:
-        script, *flags = call.split()
+        script, *flags = call.replace("my data", "my_data").split()
+        flags = [flag.replace("_", " ") for flag in flags]
         parse = pah.parse_args if script == "pah.py" else baselines.parse_args
         args = parse(flags)
         assert args.resume and args.seeds == [0, 1]
+        assert args.data == "my data"
         outs.add(args.out)
     assert len(outs) == 27
 
