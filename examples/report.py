@@ -220,7 +220,7 @@ def draw_prototypes(folder, path):
         ("after the last task", last, left + width + gap),
     ]
     for title, prototypes, x in halves:
-        canvas.text((x, 74), title, "black", font_size=26)
+        canvas.text((x, 96), title, "black", font_size=26)
         for k in range(num_tasks):
             y = top + cell * k
             canvas.text((left // 2, y + cell // 2), str(k + 1), "black", font_size=26, anchor="mm")
