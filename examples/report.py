@@ -188,14 +188,17 @@ def draw_accuracy(result, path):
 
 
 def first_prototypes(args, seed):
-    """The prototypes (K, C, 3, s, s) when their task began: a run of zero epochs has the same."""
+    """The prototypes (K, C, 3, s, s) when their task began: a run of zero epochs has the same.
+
+    It must be on the device of the run, since CPU and GPU draw other random numbers.
+    """
     tasks = [
         task._replace(test_images=task.test_images[:1], test_labels=task.test_labels[:1])
         for task in pah.load_tasks(args, seed)
     ]
-    model = pah.build(args, len(tasks), max(len(task.classes) for task in tasks))
+    model = pah.build(args, len(tasks), max(len(task.classes) for task in tasks)).to(args.device)
     pah.learn(model, tasks, epochs=0, seed=seed)
-    return model.prototypes.detach()
+    return model.prototypes.detach().cpu()
 
 
 def draw_prototypes(folder, path):
