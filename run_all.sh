@@ -2,7 +2,7 @@
 # All experiments with three seeds, then a table of all runs.
 #
 #   ./run_all.sh           benchmarks, controls, ablations and other methods
-#   ./run_all.sh --quick   the same on synthetic data, small and with two seeds
+#   ./run_all.sh --quick   the same on synthetic data: eight minutes on two CPU cores
 #   ./run_all.sh --plan    only predict how many hours it takes
 #
 # Further options, such as --data FOLDER, go to every run. Start it again at any time: finished runs
