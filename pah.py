@@ -7,7 +7,7 @@
     python pah.py                                     # Split-CIFAR100, 10 tasks, for a GPU
     python pah.py --dataset tinyimagenet --tasks 20
     python pah.py --dataset path/to/folder            # train/ and val/, one sub-folder per class
-    python pah.py --dataset synthetic --tasks 5 --width 16 --epochs 8    # no download, a minute
+    python pah.py --dataset synthetic --tasks 5 --width 16 --epochs 8    # no download
 
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
 images, the prototypes of its classes. Three losses keep old tasks working without old data.
@@ -263,17 +263,17 @@ def evaluate(model, tasks):
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    row, untold = [], []
+    row, class_incremental = [], []
     for k, task in enumerate(tasks):
         labels = torch.as_tensor(task.test_labels).to(device).long()
         parts = torch.as_tensor(task.test_images).split(500)
         logits = torch.cat([model(normalise(x.to(device)), len(tasks)) for x in parts])
         right = logits[:, k].argmax(1) == labels
-        right_untold = logits.flatten(1).argmax(1) == labels + k * logits.shape[2]
+        right_among_all = logits.flatten(1).argmax(1) == labels + k * logits.shape[2]
         row.append(100 * right.double().mean().item())
-        untold.append(100 * right_untold.double().mean().item())
+        class_incremental.append(100 * right_among_all.double().mean().item())
     model.train(training)
-    return row, sum(untold) / len(untold)
+    return row, sum(class_incremental) / len(tasks)
 
 
 # -----------------------------------------------------------------------------
@@ -886,7 +886,7 @@ def run(args, seed, model, tasks, skipped=0):
 
 
 def check_same_run(folder, results, args, class_order):
-    """Raises UserError unless `args` may go on with the run that left `results`."""
+    """Raises UserError unless `args` may continue the run that left `results`."""
     there, here = results["args"], vars(args)
     differing = [
         f"--{name.replace('_', '-')} {there.get(name)} there, {here[name]} here"

@@ -123,8 +123,8 @@ def table(group, settings):
                 if AA != "-":
                     rows.append([f"{cells[0]} (reported)", AA, FM, *6 * ["-"]])
     for (name, precision), seeds in settings.items():
-        AA, FM, LA, untold, seconds, BWT = zip(*seeds.values(), strict=True)
-        cells = [mean_and_deviation(values) for values in (AA, FM, LA, untold)]
+        AA, FM, LA, class_inc, seconds, BWT = zip(*seeds.values(), strict=True)
+        cells = [mean_and_deviation(values) for values in (AA, FM, LA, class_inc)]
         cells += [" ".join(map(str, seeds)), str(timedelta(seconds=round(mean(seconds))))]
         rows.append([name, *cells, mean_and_deviation(BWT), precision])
     return rows

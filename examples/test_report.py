@@ -175,19 +175,8 @@ def test_a_picture_shows_a_single_run(leave, tmp_path):
 
 @pytest.mark.parametrize("method", [[], ["lwf"]])
 def test_bench(method, capsys):
-    flags = [
-        "--dataset",
-        "synthetic",
-        "--tasks",
-        "5",
-        "--width",
-        "4",
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
-    bench.main([*method, *flags])
+    flags = "--dataset synthetic --tasks 5 --width 4 --precision fp32 --device cpu"
+    bench.main([*method, *flags.split()])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == ["task 1", "task 2", "task 3", "task 5"]
     assert lines[4].startswith("peak memory: ")
