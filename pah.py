@@ -59,6 +59,25 @@ def normalise(images):
     return (images.float() / 255 - mean) / std
 
 
+def augment(images, flip=True):
+    """A random crop of each image (B, C, S, S), an eighth of its side reflected around it.
+
+    Half of them are mirrored if `flip`. Runs on the images' device without waiting for it.
+    """
+    b, _, _, size = images.shape
+    device = images.device
+    pad = size // 8
+    top, left = torch.randint(2 * pad + 1, (2, b, 1), device=device)
+    pixels = torch.arange(size, device=device)
+    rows, columns = top + pixels, left + pixels  # (B, S), in the padded image
+    if flip:
+        mirrored = torch.rand(b, 1, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
+    image = torch.arange(b, device=device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
 # -----------------------------------------------------------------------------
 # Model: prototypes -> task embedding -> hypernetwork -> head
 
@@ -93,8 +112,7 @@ class PAH(nn.Module):
     `backbone` maps images (B, 3, H, W) to features (B, D) and runs in `dtype`; heads, logits and
     losses are float32. `classes` is C, the classes of the largest task: `present` (K, C) says
     which of them a task has. `lam`, `mu` and `temperature` belong to the losses; `proto_init` is
-    "semantic", training images, or "random", noise; `sp_updates` says what L_sp trains:
-    "prototypes", as in the paper, or "all", the weights too.
+    "semantic", training images, or "random", noise.
     """
 
     def __init__(
@@ -109,7 +127,6 @@ class PAH(nn.Module):
         lam=1.0,
         mu=1.0,
         temperature=2.0,
-        sp_updates="prototypes",
         dtype=torch.float32,
     ):
         super().__init__()
@@ -119,7 +136,7 @@ class PAH(nn.Module):
         dim = feature_dim(backbone, proto_size)
         self.hypernetwork = Hypernetwork(classes * 3 * proto_size**2, classes, dim, hidden)
         self.lam, self.mu, self.temperature = lam, mu, temperature
-        self.proto_init, self.sp_updates = proto_init, sp_updates
+        self.proto_init = proto_init
 
     @torch.no_grad()
     def begin_task(self, task, images, labels):
@@ -217,15 +234,15 @@ def soft_loss_main(logits, teacher, images, temperature=2.0):
 def soft_loss_prototypes(model, teacher, task):
     """L_sp (Eq. 6) on the prototypes of tasks before `task`: mean over a task's, sum over tasks.
 
-    BatchNorm uses its running statistics and leaves them alone. With sp_updates="prototypes" the
-    gradient reaches the prototypes only; for the teacher they are constants.
+    BatchNorm uses its running statistics and leaves them alone. The gradient reaches the
+    prototypes only; for the teacher they are constants.
     """
     prototypes = model.prototypes[:task]
     with torch.no_grad():
         old = teacher.prototype_logits(prototypes)
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.prototypes]
     for p in weights:
-        p.requires_grad_(model.sp_updates == "all")
+        p.requires_grad_(False)
     training = model.training
     model.eval()
     new = model.prototype_logits(prototypes)
@@ -235,6 +252,52 @@ def soft_loss_prototypes(model, teacher, task):
     present = model.present[:task].float()
     share = present / present.mean(1, keepdim=True)  # 1 where a task has all C classes
     return (share * distillation(new, old, model.temperature)).mean() * task
+
+
+# -----------------------------------------------------------------------------
+# Rehearsal: an extension of ours, not in the paper
+
+
+class Rehearsal(PAH):
+    """PAH in which prototypes stand in for old images, and so keep the backbone's features too.
+
+    Prototypes of earlier tasks join each batch, half as many as it has images: drawn at random,
+    resized to the images' size and changed by `augmentation`, which gets them normalised. L_sp is
+    L_sm on them: old and new model agree under all earlier heads, and all weights learn from it.
+    """
+
+    def __init__(self, *args, augmentation=augment, **options):
+        super().__init__(*args, **options)
+        self.augmentation = augmentation
+
+    def draw(self, task, n, size):
+        """n prototypes (n, 3, *size) of random classes of tasks before `task`, as images.
+
+        Under torchrun this process's share of them.
+        """
+        present = self.present[:task].flatten().float()
+        drawn = torch.multinomial(present, n, replacement=True)
+        prototypes = self.prototypes[:task].flatten(0, 1)[drawn]
+        images = F.interpolate(prototypes, size, mode="bilinear", antialias=True)
+        if self.augmentation is not None:
+            images = self.augmentation(images)
+        return images[RANK::WORLD]
+
+    def losses(self, images, labels, task, teacher):
+        """As of PAH."""
+        if teacher is None or not self.mu:
+            return super().losses(images, labels, task, teacher)
+        n = len(images)
+        batch = torch.cat([images, self.draw(task, n * WORLD // 2, images.shape[2:])])
+        logits = self(batch, task + 1)
+        with torch.no_grad():
+            old = teacher(batch, task)
+        distances = distillation(logits[:, :task], old, self.temperature).sum(1)
+        return {
+            "hm": F.cross_entropy(logits[:n, task], labels),
+            "sm": self.lam * distances[:n].mean(),
+            "sp": self.mu * distances[n:].mean(),
+        }
 
 
 # -----------------------------------------------------------------------------
@@ -403,25 +466,6 @@ def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.flo
 
 # -----------------------------------------------------------------------------
 # Training
-
-
-def augment(images, flip=True):
-    """A random crop of each uint8 image (B, C, S, S), an eighth of its side reflected around it.
-
-    Half of them are mirrored if `flip`. Runs on the images' device without waiting for it.
-    """
-    b, _, _, size = images.shape
-    device = images.device
-    pad = size // 8
-    top, left = torch.randint(2 * pad + 1, (2, b, 1), device=device)
-    pixels = torch.arange(size, device=device)
-    rows, columns = top + pixels, left + pixels  # (B, S), in the padded image
-    if flip:
-        mirrored = torch.rand(b, 1, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
-    image = torch.arange(b, device=device)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def one_cycle(optimizer, steps):
@@ -807,6 +851,9 @@ def make_backbone(args):
 
 def build(args, num_tasks, classes, kind=PAH):
     """The PAH, or a class derived from it, that the options describe."""
+    more = {}
+    if args.rehearsal:
+        kind, more = Rehearsal, {"augmentation": AUGMENTATIONS[args.augment]}
     return kind(
         make_backbone(args),
         num_tasks,
@@ -817,15 +864,16 @@ def build(args, num_tasks, classes, kind=PAH):
         lam=args.lam,
         mu=args.mu,
         temperature=args.temperature,
-        sp_updates=args.sp_updates,
         dtype=DTYPES[args.precision],
+        **more,
     )
 
 
 def load_checkpoint(path, device="cpu"):
     """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    args = argparse.Namespace(**saved["results"]["args"] | {"pretrained": False})
+    defaults = vars(make_parser().parse_args([]))  # of options that are newer than the run
+    args = argparse.Namespace(**defaults | saved["results"]["args"] | {"pretrained": False})
     model = build(args, *saved["model"]["present"].shape)
     model.load_state_dict(saved["model"])
     return model.to(device).eval()
@@ -987,8 +1035,7 @@ def make_parser():
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
-    parts = ("prototypes", "all")
-    add("--sp-updates", choices=parts, default=parts[0], help="what L_sp trains")
+    add("--rehearsal", action="store_true", help="prototypes join the batch (not in the paper)")
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
     add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
     add("--hidden", type=int, default=64, help="width of the hypernetwork")

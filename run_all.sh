@@ -46,7 +46,7 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
   for size in 5 16 20 30; do run pah.py "$@" --proto-size $size; done
   run pah.py "$@" --proto-init random
   run pah.py "$@" --proto-init random --mu 0
-  run pah.py "$@" --sp-updates all --mu 0.3
+  run pah.py "$@" --rehearsal
   for method in ewc si agem der derpp gcr pnn; do run examples/baselines.py $method "$@"; done
   for method in hn2 hn3; do
     run examples/baselines.py $method "$@" --hyper-lr 1e-2 --proto-lr 1e-2
@@ -61,7 +61,7 @@ all() { # WORKER: its number, or plan
     benchmark --dataset cifar100
     variants --dataset cifar100
     benchmark --dataset cifar100 --tasks 50
-    run pah.py --dataset cifar100 --tasks 50 --sp-updates all --mu 0.3
+    run pah.py --dataset cifar100 --tasks 50 --rehearsal
     benchmark --dataset tinyimagenet
     benchmark --dataset tinyimagenet --tasks 20
   fi

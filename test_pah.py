@@ -23,6 +23,7 @@ from torch import nn
 import pah
 from pah import (
     PAH,
+    Rehearsal,
     ResNet18,
     Task,
     UserError,
@@ -53,17 +54,17 @@ def fill(model):
     return model
 
 
-def small_pah(**options):
+def small_pah(kind=PAH, **options):
     options = {"proto_size": 6, "hidden": 8, "temperature": T} | options
-    return fill(PAH(ResNet18(4), K, C, **options))
+    return fill(kind(ResNet18(4), K, C, **options))
 
 
-def student_and_teacher(**options):
+def student_and_teacher(kind=PAH, **options):
     """A student in training, a teacher with other weights, and a batch of task 3."""
     torch.manual_seed(0)
-    teacher = small_pah(**options).eval().requires_grad_(False)
+    teacher = small_pah(kind, **options).eval().requires_grad_(False)
     torch.manual_seed(2)
-    student = small_pah(**options).train()
+    student = small_pah(kind, **options).train()
     return student, teacher, torch.randn(5, 3, 16, 16), torch.tensor([0, 1, 2, 1, 0])
 
 
@@ -244,17 +245,17 @@ def test_the_first_task_and_weights_of_zero_have_no_such_terms():
 
 
 @pytest.mark.parametrize(
-    "term, updates, reached",
+    "kind, term, reached",
     [
-        ("hm", "prototypes", {"backbone", "hypernetwork", "own"}),
-        ("sm", "prototypes", {"backbone", "hypernetwork", "earlier"}),
-        ("sp", "prototypes", {"earlier"}),
-        ("sp", "all", {"backbone", "hypernetwork", "earlier"}),
+        (PAH, "hm", {"backbone", "hypernetwork", "own"}),
+        (PAH, "sm", {"backbone", "hypernetwork", "earlier"}),
+        (PAH, "sp", {"earlier"}),
+        (Rehearsal, "sp", {"backbone", "hypernetwork", "earlier"}),
     ],
 )
-def test_what_each_loss_reaches(term, updates, reached):
+def test_what_each_loss_reaches(kind, term, reached):
     """Tasks 0 and 1 are earlier, 2 is the own one, 3 is to come."""
-    model, teacher, images, labels = student_and_teacher(sp_updates=updates)
+    model, teacher, images, labels = student_and_teacher(kind)
     model.losses(images, labels, 2, teacher)[term].backward()
     of_tasks = model.prototypes.grad.abs().amax((1, 2, 3, 4)).tolist()
     parts = {
@@ -295,12 +296,85 @@ def test_l_sp_leaves_running_statistics_and_modes_alone():
     assert model.backbone.training
 
 
-def test_losses_leave_the_teacher_alone():
-    model, teacher, images, labels = student_and_teacher()
+@pytest.mark.parametrize("kind", [PAH, Rehearsal])
+def test_losses_leave_the_teacher_alone(kind):
+    model, teacher, images, labels = student_and_teacher(kind)
     before = copy.deepcopy(teacher.state_dict())
     sum(model.losses(images, labels, 3, teacher).values()).backward()
     assert_same(teacher.state_dict(), before)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+# -----------------------------------------------------------------------------
+# Rehearsal
+
+
+def test_values_of_the_losses_with_rehearsal(monkeypatch):
+    """Prototypes are in the batch, BatchNorm's statistics too, but not in L_hm and L_sm."""
+    model, teacher, images, labels = student_and_teacher(Rehearsal, lam=0.7, mu=0.3)
+    drawn = torch.randn(2, 3, 16, 16)
+    monkeypatch.setattr(model, "draw", lambda task, n, size: drawn if (task, n) == (3, 2) else None)
+    with torch.no_grad():
+        features = copy.deepcopy(model).backbone(torch.cat([images, drawn]))
+        logits = torch.einsum("bd,ncd->bnc", features, model.heads(4))
+        log_p = logits[:5, 3].log_softmax(1)
+        hm = -sum(log_p[b, labels[b]] for b in range(5)) / 5
+        old = teacher(torch.cat([images, drawn]), 3)
+        kl = softened_kl(logits[:, :3], old)
+    terms = model.losses(images, labels, 3, teacher)
+    torch.testing.assert_close(terms["hm"], hm)
+    torch.testing.assert_close(terms["sm"], 0.7 * kl[:5].sum(1).mean())
+    torch.testing.assert_close(terms["sp"], 0.3 * kl[5:].sum(1).mean())
+
+
+def test_rehearsal_draws_every_earlier_class_as_often():
+    torch.manual_seed(0)
+    model = small_pah(Rehearsal, augmentation=None)
+    model.prototypes.data.copy_(torch.arange(K * C).view(K, C, 1, 1, 1).expand_as(model.prototypes))
+    model.present[1, 2] = False  # a task of two classes
+    drawn = model.draw(3, 4000, (16, 16))
+    assert torch.equal(drawn, drawn[:, :1, :1, :1].expand(4000, 3, 16, 16))
+    numbers, counts = drawn[:, 0, 0, 0].round().unique(return_counts=True)
+    assert numbers.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]  # those of task 3 are to come
+    assert (counts - 500).abs().max() < 100
+
+
+def test_rehearsal_shows_prototypes_as_training_images_are_shown():
+    model = small_pah(Rehearsal, augmentation=None)
+    images = F.interpolate(model.prototypes[0], 12, mode="bilinear").detach()
+    torch.manual_seed(0)
+    for image in model.draw(1, 20, (12, 12)):
+        assert (images - image).abs().amax((1, 2, 3)).min() < 1e-5
+    model.augmentation = lambda images: -images.flip(3)
+    torch.manual_seed(0)
+    for image in model.draw(1, 20, (12, 12)):
+        assert (images + image.flip(2)).abs().amax((1, 2, 3)).min() < 1e-5
+    assert Rehearsal(ResNet18(4), K, C).augmentation is pah.augment
+
+
+@pytest.mark.parametrize("word", pah.AUGMENTATIONS)
+def test_rehearsal_is_an_option_that_augments_as_the_run_does(word):
+    args = pah.parse_args([*RUN, "--augment", word])
+    assert type(pah.build(args, 5, 4)) is PAH
+    args = pah.parse_args([*RUN, "--augment", word, "--rehearsal"])
+    model = pah.build(args, 5, 4)
+    assert type(model) is Rehearsal
+    assert model.augmentation is pah.AUGMENTATIONS[word]
+
+
+def test_without_old_tasks_or_without_mu_rehearsal_is_pah():
+    model, teacher, images, labels = student_and_teacher(Rehearsal)
+    assert set(model.losses(images, labels, 0, None)) == {"hm"}
+    model.mu = 0
+    assert set(model.losses(images, labels, 3, teacher)) == {"hm", "sm"}
+
+
+def test_rehearsal_resumes_to_the_same_run(tmp_path):
+    flags = [*TINY, "--rehearsal"]
+    run_main(*flags, "--stop-after", 3, "--out", tmp_path / "whole")
+    run_main(*flags, "--stop-after", 2, "--out", tmp_path / "cut")
+    run_main(*flags, "--stop-after", 3, "--out", tmp_path / "cut", "--resume")
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 # -----------------------------------------------------------------------------
@@ -641,7 +715,8 @@ def test_the_progress_line_fits_a_terminal(capsys):
     assert len(line) == 80
 
 
-def test_compile_makes_no_graph_after_the_second_task(monkeypatch):
+@pytest.mark.parametrize("kind", [PAH, Rehearsal])
+def test_compile_makes_no_graph_after_the_second_task(kind, monkeypatch):
     """With a backend that needs no C++ compiler."""
     from torch._dynamo.utils import counters
 
@@ -658,7 +733,7 @@ def test_compile_makes_no_graph_after_the_second_task(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     tasks = split_tasks(load_dataset("synthetic"), 5)[:3]
-    pah.learn(PAH(ResNet18(4), 3, 4), tasks, epochs=1, compile=True, after_task=count)
+    pah.learn(kind(ResNet18(4), 3, 4), tasks, epochs=1, compile=True, after_task=count)
     assert len(compiled) == 3  # the student, and the teachers of two tasks
     assert graphs[1] > 0
     assert graphs[2] == graphs[1]
@@ -703,6 +778,7 @@ pah.main([*flags, "--out", out + "/cut", "--stop-after", "1"])
 pah.main([*flags, "--out", out + "/cut", "--resume"])
 torch.nn.BatchNorm2d = lambda channels: torch.nn.GroupNorm(1, channels)
 pah.main([*flags, "--out", out + "/without-batchnorm", "--lr", "0.002"])
+pah.main([*flags, "--out", out + "/rehearsal", "--lr", "0.002", "--rehearsal"])
 """
 
 
@@ -724,7 +800,7 @@ def test_gradients_are_the_mean_over_processes(two_processes):
 
 
 def test_one_of_several_processes_prints(two_processes):
-    assert two_processes[1].count("task  1/2") == 2  # of whole and without-batchnorm
+    assert two_processes[1].count("task  1/2") == 3  # of all but cut
     assert results(two_processes[0] / "whole")["processes"] == 2
 
 
@@ -733,11 +809,12 @@ def test_two_processes_resume_to_the_same_run(two_processes):
     assert_same(weights(out / "cut"), weights(out / "whole"))
 
 
-def test_two_processes_are_the_run_of_one(two_processes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, flags", [("without-batchnorm", []), ("rehearsal", ["--rehearsal"])])
+def test_two_processes_are_the_run_of_one(name, flags, two_processes, tmp_path, monkeypatch):
     """Without BatchNorm, whose statistics are each process's own on a CPU."""
     monkeypatch.setattr(nn, "BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
-    run_main(*TINY, "--stop-after", 2, "--lr", 0.002, "--out", tmp_path)
-    one, two = weights(tmp_path), weights(two_processes[0] / "without-batchnorm")
+    run_main(*TINY, "--stop-after", 2, "--lr", 0.002, "--out", tmp_path, *flags)
+    one, two = weights(tmp_path), weights(two_processes[0] / name)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=0.005, msg=name)
 
@@ -1288,7 +1365,7 @@ def test_results_that_were_lost_are_written_again(begun):
         ["--precision", "bf16", "--width", "8"],
         ["--stem", "7x7", "--width", "64", "--image-size", "16", "--batch-size", "400"],
         ["--val-fraction", "0.2", "--shuffle-classes", "--augment", "crop"],
-        ["--sp-updates", "all", "--proto-init", "random", "--augment", "none"],
+        ["--rehearsal", "--proto-init", "random", "--augment", "none"],
         ["--tasks", "12", "4", "4"],
     ],
 )
@@ -1299,10 +1376,10 @@ def test_every_kind_of_run_ends(flags, tmp_path):
 
 
 def test_options_of_the_method_reach_it():
-    flags = "--lam 0.3 --mu 0.4 --temperature 3 --sp-updates all --proto-size 6 --proto-init random"
+    flags = "--lam 0.3 --mu 0.4 --temperature 3 --proto-size 6 --proto-init random"
     model = pah.build(pah.parse_args([*RUN, *flags.split(), "--hidden", "8"]), 5, 4)
     assert (model.lam, model.mu, model.temperature) == (0.3, 0.4, 3.0)
-    assert (model.sp_updates, model.proto_init) == ("all", "random")
+    assert model.proto_init == "random"
     assert model.prototypes.shape == (5, 4, 3, 6, 6)
     assert model.hypernetwork.layers[0].weight.shape == (8, 4 * 3 * 36)
 

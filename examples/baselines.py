@@ -19,7 +19,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pah
 
-STORED_IMAGES = 200  # in all
 FISHER_IMAGES = 500  # of each task
 
 
@@ -241,9 +240,17 @@ class Memory(nn.Module):
 
 
 class Replay(MultiHead):
+    flags = (*MultiHead.flags, "buffer_size")
+    every_class = False  # must there be an image of each class?
+
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
-        self.memory = Memory(STORED_IMAGES, tasks, self.present.shape[1])
+        if self.every_class and args.buffer_size < self.num_classes:
+            raise pah.UserError(
+                f"--buffer-size {args.buffer_size}: {args.method} stores an image of each class, "
+                f"and there are {self.num_classes}"
+            )
+        self.memory = Memory(args.buffer_size, tasks, self.present.shape[1])
         self.augmentation = pah.AUGMENTATIONS[args.augment]
 
     def replay(self, rows):
@@ -268,6 +275,7 @@ class AGEM(Replay):
     stored, and a gradient may not raise the loss of `strength` of them."""
 
     strength = 200.0
+    every_class = True
 
     def losses(self, images, labels, task, teacher):
         terms = super().losses(images, labels, task, teacher)
@@ -281,7 +289,7 @@ class AGEM(Replay):
         return {"ce": with_gradient(terms["ce"], weights, projected(gradient, reference))}
 
     def end_task(self, task, images, labels):
-        per_class = STORED_IMAGES // self.num_classes
+        per_class = len(self.memory.images) // self.num_classes
         for c in labels.unique().tolist():
             chosen = torch.nonzero(labels == c).flatten()
             chosen = chosen[torch.randperm(len(chosen)).to(chosen.device)][:per_class]
@@ -341,6 +349,7 @@ class GCR(Replay):
 
     strength = 3.0
     beta = 0.5
+    every_class = True
 
     def losses(self, images, labels, task, teacher):
         terms, memory = super().losses(images, labels, task, teacher), self.memory
@@ -366,7 +375,7 @@ class GCR(Replay):
             candidates[t] = [column[rows] for column in columns]
         for t, (x, y, stored, weights) in sorted(candidates.items()):
             gradients = self.head_gradients(t, x, y, stored)
-            budget = STORED_IMAGES // int(self.present.sum())
+            budget = len(memory.images) // int(self.present.sum())
             for c in y.unique().tolist():
                 own = torch.nonzero(y == c).flatten()
                 chosen, new = matching(gradients[own], weights[own] @ gradients[own], budget)
@@ -583,14 +592,26 @@ METHODS = {
     "hn2": HN2,
     "hn3": HN3,
 }
-NOT_ALL = ("lam", "mu", "temperature", "sp_updates", "proto_size", "proto_init", "hidden")
-NOT_ALL += ("hyper_lr", "proto_lr", "stem", "pretrained")  # the options that not all methods know
+NOT_ALL = ("lam", "mu", "temperature", "rehearsal", "proto_size", "proto_init", "hidden")
+NOT_ALL += (
+    "hyper_lr",
+    "proto_lr",
+    "stem",
+    "pretrained",
+    "buffer_size",
+)  # the options that not all methods know
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = pah.make_parser()
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--strength", type=float, help="None: the method's own")
+    parser.add_argument("--buffer-size", type=int, default=200, help="stored images, in all")
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = pah.parse_args(argv, parser)
     method = METHODS[args.method]
     unknown = [name for name in NOT_ALL if name not in method.flags]

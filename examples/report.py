@@ -17,10 +17,12 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
+import baselines
 import torch
 from baselines import pah
 
-UNNAMED = {"out", "data", "seeds", "resume", "device", "compile", "precision", "dataset", "tasks"}
+UNNAMED = {"out", "data", "seeds", "resume", "device", "compile", "precision"}
+UNNAMED |= {"dataset", "tasks", "method"}  # named apart
 COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
 
 # Table 1 of the paper: AA and FM on Split-CIFAR100, then on TinyImageNet. It took all rows but its
@@ -43,6 +45,8 @@ PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 def today(args):
     """The options of a run of an earlier version (until 7388ffa) as they are named today."""
     args = dict(args)
+    if args.get("sp_updates") == "all":
+        raise ValueError("--sp-updates all is gone")
     if args.get("joint"):
         args["method"] = "joint"
     if args.get("head") == "stored" and "method" not in args:
@@ -56,11 +60,12 @@ def today(args):
 
 def setting(args):
     """(data set and number of tasks, method and options that are not the default)."""
-    parser = pah.make_parser()
+    parser = baselines.make_parser()
     args = today(args)
     words = [args["method"]] if "method" in args else []
-    for name in [*vars(parser.parse_args([])), "strength"]:
-        if name not in UNNAMED and args.get(name) != parser.get_default(name):
+    for name in vars(parser.parse_args(["lwf"])):
+        default = parser.get_default(name)
+        if name not in UNNAMED and args.get(name, default) != default:
             words += [f"--{name.replace('_', '-')}", str(args[name])]
     words = [word for word in words if word != "True"]
     return f"{args['dataset']}, {args['tasks']} tasks", " ".join(words) or "PAH"

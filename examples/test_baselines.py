@@ -108,13 +108,30 @@ def test_a_resumed_run_is_the_same_run(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["ewc --lam 0.5", "pnn --strength 2", "si --proto-size 5", "hn2 --stem 7x7"]
+    "flags",
+    [
+        *("ewc --lam 0.5", "pnn --strength 2", "si --proto-size 5", "hn2 --stem 7x7"),
+        *("lwf --buffer-size 20", "lwf --rehearsal", "joint --rehearsal"),
+    ],
 )
 def test_an_option_that_means_nothing_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         baselines.parse_args(flags.split())
-    method, option, _ = flags.split()
+    method, option, *_ = flags.split()
     assert f"{option} has no effect on {method}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["agem", "der", "derpp", "gcr"])
+def test_the_buffer_size_is_an_option(method):
+    args = baselines.parse_args([method, *RUN, "--buffer-size", "21"])
+    tasks = pah.load_tasks(args, 0)
+    assert len(baselines.build(args, tasks).memory.images) == 21
+    args.buffer_size = 19  # one less than there are classes
+    if method in ("agem", "gcr"):
+        with pytest.raises(pah.UserError, match="--buffer-size 19: .* each class, .* are 20"):
+            baselines.build(args, tasks)
+    else:
+        baselines.build(args, tasks)
 
 
 def test_the_run_of_another_method_is_refused(tmp_path):

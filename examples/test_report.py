@@ -104,11 +104,21 @@ def test_no_finished_run(tmp_path):
         ({"method": "pnn", "strength": 0.0}, "pnn"),
         ({"sp_tasks": 0, "optimizer": "muon", "classes": 10}, "PAH"),
         ({"shuffle_classes": True}, "--shuffle-classes"),
+        ({"rehearsal": True, "sp_updates": "prototypes"}, "--rehearsal"),
+        ({"method": "der", "buffer_size": 17}, "der --buffer-size 17"),
     ],
 )
 def test_options_of_earlier_versions_are_named_as_today(options, name):
     args = vars(pah.parse_args([])) | options
     assert report.setting(args) == ("cifar100, 10 tasks", name)
+
+
+def test_an_option_that_is_gone_is_not_another_setting(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    leave("b", 1, 81.0, sp_updates="all")
+    rows, err = rows_of(tmp_path, capsys)
+    assert len(rows) == 3
+    assert "--sp-updates all is gone" in err
 
 
 def test_markdown(leave, tmp_path, capsys):
@@ -335,7 +345,7 @@ def test_run_all_shares_the_settings_among_gpus(run_all):
 
 def test_run_all_goes_on_after_a_failure_and_reports_it(run_all):
     for gpus in (0, 2):
-        done, calls = run_all("--quick", gpus=gpus, failing="sp-updates")
+        done, calls = run_all("--quick", gpus=gpus, failing="rehearsal")
         assert done.returncode == 1
         assert len(calls) == 28
 
