@@ -849,11 +849,13 @@ def make_backbone(args):
     return backbone.to(memory_format=torch.channels_last)
 
 
-def build(args, num_tasks, classes, kind=PAH):
-    """The PAH, or a class derived from it, that the options describe."""
+def build(args, num_tasks, classes, kind=None):
+    """The PAH, or the given class derived from it, that the options describe."""
+    if kind is None:
+        kind = Rehearsal if args.rehearsal else PAH
     more = {}
-    if args.rehearsal:
-        kind, more = Rehearsal, {"augmentation": AUGMENTATIONS[args.augment]}
+    if issubclass(kind, Rehearsal):
+        more["augmentation"] = AUGMENTATIONS[args.augment]
     return kind(
         make_backbone(args),
         num_tasks,

@@ -809,12 +809,12 @@ def test_two_processes_resume_to_the_same_run(two_processes):
     assert_same(weights(out / "cut"), weights(out / "whole"))
 
 
-@pytest.mark.parametrize("name, flags", [("without-batchnorm", []), ("rehearsal", ["--rehearsal"])])
-def test_two_processes_are_the_run_of_one(name, flags, two_processes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("run, flags", [("without-batchnorm", []), ("rehearsal", ["--rehearsal"])])
+def test_two_processes_are_the_run_of_one(run, flags, two_processes, tmp_path, monkeypatch):
     """Without BatchNorm, whose statistics are each process's own on a CPU."""
     monkeypatch.setattr(nn, "BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
     run_main(*TINY, "--stop-after", 2, "--lr", 0.002, "--out", tmp_path, *flags)
-    one, two = weights(tmp_path), weights(two_processes[0] / name)
+    one, two = weights(tmp_path), weights(two_processes[0] / run)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=0.005, msg=name)
 

@@ -97,6 +97,26 @@ class LwF(MultiHead):
         return terms
 
 
+class Thumbnails(pah.Rehearsal):
+    """PAH with --rehearsal but without hypernetwork: heads are stored, and what takes the place of
+    prototypes, a thumbnail of one training image for each class, does not learn."""
+
+    strength = None
+    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
+    stored = MultiHead.stored
+
+    def __init__(self, backbone, num_tasks, classes, **options):
+        super().__init__(backbone, num_tasks, classes, **options)
+        dim = self.hypernetwork.shape[1]
+        shape = (num_tasks, classes, dim)
+        self.stored_heads = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(dim))
+        self.prototypes.requires_grad_(False)
+        del self.hypernetwork
+
+    def heads(self, n):
+        return self.stored_heads[:n]
+
+
 class Joint(pah.PAH):
     """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
 
@@ -581,6 +601,7 @@ class HN3(HN2):
 METHODS = {
     "finetune": MultiHead,
     "lwf": LwF,
+    "thumbnails": Thumbnails,
     "joint": Joint,
     "ewc": EWC,
     "si": SI,
@@ -630,9 +651,10 @@ def parse_args(argv=None):
 
 
 def build(args, tasks):
-    if args.method == "joint":
-        return pah.build(args, len(tasks), max(len(task.classes) for task in tasks), Joint)
-    return METHODS[args.method](args, tasks)
+    method = METHODS[args.method]
+    if issubclass(method, pah.PAH):
+        return pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
+    return method(args, tasks)
 
 
 def main(argv=None):

@@ -87,6 +87,22 @@ def test_gcr_takes_no_notice_of_classes_that_a_task_lacks():
     assert gradients.abs().max() < 100
 
 
+def test_thumbnails_do_not_learn_and_heads_are_stored(tmp_path):
+    r = run("thumbnails", tmp_path, "--epochs", 1, "--stop-after", 2, "--augment", "crop")
+    assert set(r["parameters"]) == {"backbone", "prototypes", "stored_heads"}
+    args = argparse.Namespace(**r["args"])
+    tasks = pah.load_tasks(args, 0)
+    model = baselines.build(args, tasks)
+    assert model.augmentation is pah.AUGMENTATIONS["crop"]
+    model.load_state_dict(weights(tmp_path))
+    assert torch.equal(model.heads(2), model.stored_heads[:2])
+    images = pah.normalise(tasks[1].train_images)
+    small = F.interpolate(images, 10, mode="bilinear", antialias=True)
+    for c, thumbnail in enumerate(model.prototypes[1]):
+        distance = (small - thumbnail).abs().amax((1, 2, 3))
+        assert tasks[1].train_labels[distance < 1e-5].tolist() == [c]
+
+
 def test_joint_training_is_tested_on_each_task(tmp_path):
     flags = "joint --dataset synthetic --tasks 5 --width 4 --epochs 1 --precision fp32 --device cpu"
     baselines.main([*flags.split(), "--out", str(tmp_path)])
