@@ -1,6 +1,7 @@
-"""Tables of all finished runs below some folders, and a picture of one.
+"""Tables and pictures of all finished runs below some folders.
 
     python examples/report.py runs                             # or --format markdown, latex
+    python examples/report.py runs --curves curves.png         # AA after each task
     python examples/report.py runs/cifar100-10/seed0 --picture accuracy.png
     python examples/report.py runs/cifar100-10/seed0 --prototypes prototypes.png
 
@@ -24,6 +25,7 @@ from baselines import pah
 UNNAMED = {"out", "data", "seeds", "resume", "device", "compile", "precision"}
 UNNAMED |= {"dataset", "tasks", "method"}  # named apart
 COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
+COLOURS = ["#1450b4", "#d1495b", "#2a9d8f", "#8d6cab", "#e09f3e", "#555555"]
 
 # Table 1 of the paper: AA and FM on Split-CIFAR100, then on TinyImageNet. It took all rows but its
 # own from other papers. It marks GCR, DER, CCLIS and the first row of PAH with a dagger, which
@@ -192,6 +194,56 @@ def draw_accuracy(result, path):
         picture.save(temporary, format="PNG")
 
 
+def draw_curves(paths, path):
+    """AA after each task, mean over the seeds, a line per setting."""
+    from PIL import Image, ImageDraw
+
+    groups, curves = set(), {}
+    for file in paths:
+        result = json.loads(file.read_text())
+        group, name = setting(result["args"])
+        AA = [mean(row) for row in result["accuracy"]]
+        if result["complete"] and len(AA) == len(result["accuracy"][-1]):  # not joint
+            groups.add(group)
+            curves.setdefault(name, []).append(AA)
+    if len(groups) != 1:
+        sys.exit(f"report.py: curves show one data set, but {len(groups)} were found")
+    shared = set.intersection(*(set(name.split()) for name in curves))
+    means = {
+        name: [mean(values) for values in zip(*seeds, strict=True)]
+        for name, seeds in curves.items()
+    }
+    num_tasks = max(map(len, means.values()))
+    lowest = min(map(min, means.values())) // 10 * 10
+    left, right, top, bottom = 80, 1180, 60, 620
+
+    def place(k, accuracy):
+        x = left + (right - left) * k / max(1, num_tasks - 1)
+        return x, bottom - (bottom - top) * (accuracy - lowest) / (100 - lowest)
+
+    picture = Image.new("RGB", (right + 20, bottom + 80), "white")
+    canvas = ImageDraw.Draw(picture)
+    canvas.text((8, 8), f"average accuracy in %, {groups.pop()}", "black", font_size=28)
+    for accuracy in range(int(lowest), 101, 10):
+        canvas.line([place(0, accuracy), place(num_tasks - 1, accuracy)], "lightgrey")
+        y = place(0, accuracy)[1]
+        canvas.text((left - 12, y), str(accuracy), "black", font_size=26, anchor="rm")
+    step = max(1, num_tasks // 10)
+    for number in range(step, num_tasks + 1, step):
+        x = place(number - 1, lowest)[0]
+        canvas.text((x, bottom + 10), str(number), "black", font_size=26, anchor="mt")
+    canvas.text((right, bottom + 44), "tasks learned", "black", font_size=26, anchor="rt")
+    for i, (name, curve) in enumerate(means.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        canvas.line([place(k, accuracy) for k, accuracy in enumerate(curve)], colour, width=4)
+        label = " ".join(word for word in name.split() if word not in shared) or "PAH"
+        y = bottom - 34 * (len(means) - i)
+        canvas.line([(left + 12, y), (left + 52, y)], colour, width=6)
+        canvas.text((left + 64, y), label, "black", font_size=26, anchor="lm")
+    with pah.whole_file(Path(path)) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def first_prototypes(args, seed):
     """The prototypes (K, C, 3, s, s) when their task began: a run of zero epochs has the same.
 
@@ -246,7 +298,11 @@ def main(argv=None):
     parser.add_argument("--format", choices=("text", "markdown", "latex"), default="text")
     parser.add_argument("--picture", help="instead: draw the accuracies of a single run")
     parser.add_argument("--prototypes", help="instead: draw the prototypes of a single run")
+    parser.add_argument("--curves", help="instead: draw AA after each task, a line per setting")
     args = parser.parse_args(argv)
+    if args.curves:
+        draw_curves(find_results(args.folders), args.curves)
+        return
     if args.picture or args.prototypes:
         paths = list(find_results(args.folders))
         if len(paths) != 1:

@@ -12,7 +12,7 @@ import bench
 import pytest
 import report
 from baselines import pah
-from PIL import Image
+from PIL import Image, ImageColor
 
 ROOT = Path(pah.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -177,6 +177,28 @@ def test_a_picture_shows_a_single_run(leave, tmp_path):
     leave("a", 1, 80.0)
     with pytest.raises(SystemExit, match="one run, but 2 were found"):
         report.main([str(tmp_path), "--picture", str(tmp_path / "a.png")])
+
+
+def test_curves_are_means_over_the_seeds(leave, tmp_path):
+    """Two tasks: from 90 down to (90 + AA) / 2, in the colour of the setting."""
+    leave("a", 0, 20.0)
+    leave("a", 1, 40.0)
+    leave("b", 0, 80.0, lam=0.5)
+    leave("unfinished", 2, 0.0, complete=False)
+    report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
+    picture = Image.open(tmp_path / "curves.png")
+    for colour, AA in zip(report.COLOURS, (30, 80), strict=False):
+        pixel = ImageColor.getrgb(colour)
+        ys = [y for y in range(picture.height) if picture.getpixel((1178, y)) == pixel]
+        # 30 % is at the bottom, 620, and 100 % at the top, 60
+        assert 100 - 70 * (sum(ys) / len(ys) - 60) / 560 == pytest.approx(AA, abs=0.5)
+
+
+def test_curves_show_one_data_set(leave, tmp_path):
+    leave("a", 0, 80.0)
+    leave("b", 0, 80.0, dataset="mnist")
+    with pytest.raises(SystemExit, match="one data set, but 2 were found"):
+        report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
 
 
 # -----------------------------------------------------------------------------
