@@ -327,12 +327,21 @@ def test_values_of_the_losses_with_rehearsal(monkeypatch):
     torch.testing.assert_close(terms["sp"], 0.3 * kl[5:].sum(1).mean())
 
 
+def test_rehearsal_sends_no_gradient_through_the_teacher():
+    model, teacher, images, labels = student_and_teacher(Rehearsal)
+    seen = []
+    teacher.register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
+    model.losses(images, labels, 3, teacher)
+    assert seen == [False]
+
+
 def test_rehearsal_draws_every_earlier_class_as_often():
     torch.manual_seed(0)
     model = small_pah(Rehearsal, augmentation=None)
     model.prototypes.data.copy_(torch.arange(K * C).view(K, C, 1, 1, 1).expand_as(model.prototypes))
     model.present[1, 2] = False  # a task of two classes
     drawn = model.draw(3, 4000, (16, 16))
+    assert drawn.requires_grad  # prototypes learn as images, too
     assert torch.equal(drawn, drawn[:, :1, :1, :1].expand(4000, 3, 16, 16))
     numbers, counts = drawn[:, 0, 0, 0].round().unique(return_counts=True)
     assert numbers.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]  # those of task 3 are to come
@@ -350,6 +359,21 @@ def test_rehearsal_shows_prototypes_as_training_images_are_shown():
     for image in model.draw(1, 20, (12, 12)):
         assert (images + image.flip(2)).abs().amax((1, 2, 3)).min() < 1e-5
     assert Rehearsal(ResNet18(4), K, C).augmentation is pah.augment
+
+
+def test_processes_share_what_rehearsal_draws(monkeypatch):
+    model, shares = small_pah(Rehearsal), []
+    monkeypatch.setattr(pah, "WORLD", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(pah, "RANK", rank)
+        torch.manual_seed(0)
+        shares.append(model.draw(3, 5, (16, 16)))
+    monkeypatch.setattr(pah, "WORLD", 1)
+    monkeypatch.setattr(pah, "RANK", 0)
+    torch.manual_seed(0)
+    whole = model.draw(3, 5, (16, 16))
+    assert torch.equal(whole[0::2], shares[0])
+    assert torch.equal(whole[1::2], shares[1])
 
 
 @pytest.mark.parametrize("word", pah.AUGMENTATIONS)
@@ -1199,6 +1223,14 @@ def test_a_checkpoint_predicts(learned):
     tasks = split_tasks(load_dataset("synthetic"), 5)
     assert not model.training
     assert pah.evaluate(model, tasks) == (r["accuracy"][-1], r["class_incremental"][-1])
+
+
+def test_a_checkpoint_from_before_an_option_was_made_predicts(learned, tmp_path):
+    saved = torch.load(learned / "seed0/checkpoint.pt", weights_only=True)
+    del saved["results"]["args"]["rehearsal"]
+    torch.save(saved, tmp_path / "old.pt")
+    model = load_checkpoint(tmp_path / "old.pt")
+    assert_same(model.state_dict(), weights(learned))
 
 
 def test_a_checkpoint_has_no_head_and_no_training_image(learned):
