@@ -259,11 +259,11 @@ def soft_loss_prototypes(model, teacher, task):
 
 
 class Rehearsal(PAH):
-    """PAH in which prototypes stand in for old images, and so keep the backbone's features too.
+    """PAH whose prototypes join the batch in place of old images.
 
-    Prototypes of earlier tasks join each batch, half as many as it has images: drawn at random,
-    resized to the images' size and changed by `augmentation`, which gets them normalised. L_sp is
-    L_sm on them: old and new model agree under all earlier heads, and all weights learn from it.
+    Half as many as the batch has images are drawn from the earlier tasks, resized to the images'
+    size and changed by `augmentation`, which gets them normalised. L_sp is L_sm on them: old and
+    new model agree under all earlier heads, and all weights learn from it.
     """
 
     def __init__(self, *args, augmentation=augment, **options):
@@ -284,7 +284,7 @@ class Rehearsal(PAH):
         return images[RANK::WORLD]
 
     def losses(self, images, labels, task, teacher):
-        """As of PAH."""
+        """The weighted terms by name, as PAH.losses; L_sp comes from the same pass as the rest."""
         if teacher is None or not self.mu:
             return super().losses(images, labels, task, teacher)
         n = len(images)

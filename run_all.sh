@@ -47,7 +47,7 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
   run pah.py "$@" --proto-init random
   run pah.py "$@" --proto-init random --mu 0
   run pah.py "$@" --rehearsal
-  for method in ewc si agem der derpp gcr pnn; do run examples/baselines.py $method "$@"; done
+  for method in thumbnails ewc si agem der derpp gcr pnn; do run examples/baselines.py $method "$@"; done
   for method in hn2 hn3; do
     run examples/baselines.py $method "$@" --hyper-lr 1e-2 --proto-lr 1e-2
   done
@@ -62,6 +62,7 @@ all() { # WORKER: its number, or plan
     variants --dataset cifar100
     benchmark --dataset cifar100 --tasks 50
     run pah.py --dataset cifar100 --tasks 50 --rehearsal
+    run examples/baselines.py thumbnails --dataset cifar100 --tasks 50
     benchmark --dataset tinyimagenet
     benchmark --dataset tinyimagenet --tasks 20
   fi
