@@ -205,7 +205,7 @@ def test_curves_show_one_data_set(leave, tmp_path):
 # bench.py
 
 
-@pytest.mark.parametrize("method", [[], ["lwf"]])
+@pytest.mark.parametrize("method", [[], ["lwf"], ["--rehearsal"]])
 def test_bench(method, capsys):
     flags = "--dataset synthetic --tasks 5 --width 4 --precision fp32 --device cpu"
     bench.main([*method, *flags.split()])
