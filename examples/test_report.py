@@ -292,6 +292,19 @@ def test_the_table_of_the_readme_is_what_report_prints():
 
 
 @pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
+def test_what_rehearsal_is_said_to_bring_is_what_was_measured(text):
+    said = re.search(
+        r"AA\s+from (\d+) to (\d+)\s+and lowers\s+FM from (\d+) to (\d+)", text
+    ).groups()
+    flags = "--tasks 50 --width 16 --image-size 24 --epochs 6"
+    before, after = (
+        printed()[setting_of(f"{flags} {more}".split())] for more in ("", "--rehearsal")
+    )
+    cells = [before[0], after[0], before[1], after[1]]
+    assert list(said) == [f"{float(cell.split()[0]):.0f}" for cell in cells]
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
 def test_the_papers_figures_are_as_in_report(text):
     papers = [line for line in report.REPORTED if line.startswith("PAH")]
     pairs = {tuple(line.split(" | ")[i : i + 2]) for line in papers for i in (1, 3)}
