@@ -261,9 +261,9 @@ def soft_loss_prototypes(model, teacher, task):
 class Rehearsal(PAH):
     """PAH whose prototypes join the batch in place of old images.
 
-    Half as many as the batch has images are drawn from the earlier tasks, resized to the images'
-    size and changed by `augmentation`, which gets them normalised. L_sp is L_sm on them: old and
-    new model agree under all earlier heads, and all weights learn from it.
+    They are drawn from all earlier tasks, one for every two images of the batch, and resized to the
+    images' size. L_sp is L_sm on them: old and new model agree under all earlier heads, and all
+    weights learn from it. `augmentation` is like that of `learn`, but of normalised images.
     """
 
     def __init__(self, *args, augmentation=augment, **options):
@@ -271,9 +271,9 @@ class Rehearsal(PAH):
         self.augmentation = augmentation
 
     def draw(self, task, n, size):
-        """n prototypes (n, 3, *size) of random classes of tasks before `task`, as images.
+        """n prototypes of random classes before `task`, as images (n, 3, *size).
 
-        Under torchrun this process's share of them.
+        Under torchrun these are n of all processes together, and each gets its share.
         """
         present = self.present[:task].flatten().float()
         drawn = torch.multinomial(present, n, replacement=True)
@@ -288,7 +288,8 @@ class Rehearsal(PAH):
         if teacher is None or not self.mu:
             return super().losses(images, labels, task, teacher)
         n = len(images)
-        batch = torch.cat([images, self.draw(task, n * WORLD // 2, images.shape[2:])])
+        drawn = self.draw(task, max(WORLD, n * WORLD // 2), images.shape[2:])
+        batch = torch.cat([images, drawn])
         logits = self(batch, task + 1)
         with torch.no_grad():
             old = teacher(batch, task)

@@ -393,6 +393,12 @@ def test_without_old_tasks_or_without_mu_rehearsal_is_pah():
     assert set(model.losses(images, labels, 3, teacher)) == {"hm", "sm"}
 
 
+def test_rehearsal_beside_a_single_image():
+    model, teacher, images, labels = student_and_teacher(Rehearsal)
+    terms = model.losses(images[:1], labels[:1], 3, teacher)
+    assert all(term.isfinite() for term in terms.values())
+
+
 def test_rehearsal_resumes_to_the_same_run(tmp_path):
     flags = [*TINY, "--rehearsal"]
     run_main(*flags, "--stop-after", 3, "--out", tmp_path / "whole")

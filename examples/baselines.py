@@ -33,7 +33,7 @@ def with_gradient(loss, weights, gradient):
 
 
 class MultiHead(nn.Module):
-    """Finetuning: a backbone and a stored head for each task. Every method below starts from it.
+    """Finetuning: a backbone and a stored head for each task. Most methods start from it.
 
     What must outlive a task is a parameter or a buffer, so that checkpoints hold it. `flags` are
     the options that a method knows of those which not all methods know.
@@ -98,8 +98,8 @@ class LwF(MultiHead):
 
 
 class Thumbnails(pah.Rehearsal):
-    """PAH with --rehearsal but without hypernetwork: heads are stored, and what takes the place of
-    prototypes, a thumbnail of one training image for each class, does not learn."""
+    """Rehearsal without a hypernetwork: heads are stored, and prototypes stay what they began as,
+    a thumbnail of one training image per class."""
 
     strength = None
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
