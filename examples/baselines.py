@@ -613,14 +613,9 @@ METHODS = {
     "hn2": HN2,
     "hn3": HN3,
 }
+# the options that not all methods know
 NOT_ALL = ("lam", "mu", "temperature", "rehearsal", "proto_size", "proto_init", "hidden")
-NOT_ALL += (
-    "hyper_lr",
-    "proto_lr",
-    "stem",
-    "pretrained",
-    "buffer_size",
-)  # the options that not all methods know
+NOT_ALL += ("hyper_lr", "proto_lr", "stem", "pretrained", "buffer_size")
 
 
 def make_parser():
