@@ -300,7 +300,48 @@ def test_what_rehearsal_is_said_to_bring_is_what_was_measured(text):
         printed()[setting_of(f"{flags} {more}".split())] for more in ("", "--rehearsal")
     )
     cells = [before[0], after[0], before[1], after[1]]
-    assert list(said) == [f"{float(cell.split()[0]):.0f}" for cell in cells]
+    assert list(said) == [f"{number(cell):.0f}" for cell in cells]
+    method = printed()[setting_of(["thumbnails", *flags.split()])]
+    assert (
+        re.search(r"fixed thumbnails (?:reach|AA is) (\d+)", text)[1] == f"{number(method[0]):.0f}"
+    )
+
+
+def number(cell):
+    """The mean in a cell of a table."""
+    return float(cell.split()[0])
+
+
+def test_where_rehearsal_stops_helping_is_what_was_measured():
+    small = "--width 16 --image-size 24"
+    tiny = f"{small} --dataset tinyimagenet --tasks 20 --epochs 4"
+    of_cifar = [f"{small} --tasks {k} --epochs 10" for k in (20, 10, 5)]
+    AA, FM, LA = [], [], []
+    for flags in (*of_cifar, f"{tiny} --shuffle-classes", tiny):
+        before, after = (
+            printed()[setting_of([*flags.split(), *more])] for more in ([], ["--rehearsal"])
+        )
+        for changes, old, new in zip((AA, FM, LA), before, after, strict=False):
+            changes.append(number(new) - number(old))
+    said = f"FM falls by {-max(FM):.1f} to {-min(FM):.1f} points, LA by {-max(LA):.1f} to {-min(LA):.1f}"
+    assert said in " ".join(RESULTS.split())
+    assert max(map(abs, AA)) < 0.5  # "less than half a point"
+
+
+def test_what_rehearsal_does_to_the_first_tasks_by_label_is_what_was_measured():
+    forgets, ends = {}, {}
+    for more in ("", "-rehearsal", "-stored"):
+        folder = ROOT / f"assets/results/tinyimagenet-20-small-label{more}"
+        R = json.loads((folder / "seed0/results.json").read_text())["accuracy"]
+        drops = [max(R[k][j] for k in range(j, 19)) - R[19][j] for j in range(6)]
+        forgets[more] = sum(drops) / 6
+        ends[more] = sum(R[19][:6]) / 6, sum(R[19][6:]) / 14
+    first, others = (b - a for a, b in zip(ends[""], ends["-rehearsal"], strict=True))
+    assert (
+        f"forget {forgets['-rehearsal']:.1f} points on average with it, {forgets['']:.1f} without "
+        f"and {forgets['-stored']:.1f} with LwF, and end {first:.1f} points higher than without; "
+        f"the others end {-others:.1f} lower."
+    ) in " ".join(RESULTS.split())
 
 
 @pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
