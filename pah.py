@@ -496,6 +496,7 @@ def learn(
     proto_lr=2e-4,
     weight_decay=0.005,
     augmentation=augment,
+    make_optimizers=make_optimizers,
     compile=False,
     seed=0,
     R=(),
@@ -504,9 +505,10 @@ def learn(
     """The protocol: learn `tasks`, a list of Task, one after the other. Returns R.
 
     `model` is a PAH or another module with begin_task, losses and forward like it. Muon trains
-    its `backbone`; with a `dtype` of float16 losses are scaled. Where it has them, after_step() is
-    called after each step and end_task(task, images, labels) after each task. `R` holds the rows
-    of tasks learned before; after_task(R, class_incremental, seconds) is called after each task.
+    its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses are
+    scaled. Where it has them, after_step(task, images, labels) is called after each step with the
+    batch before augmentation, and end_task(task, images, labels) after each task with all there
+    is. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds) is called after each task.
     `seed` seeds torch's generators before each task. The model is left in eval mode.
     """
     device = next(model.parameters()).device
@@ -542,6 +544,7 @@ def learn(
             order = torch.randperm(len(images), device=device)[: steps * batch].view(steps, batch)
             for step, rows in enumerate(order, start=1):
                 x, y = images[rows], labels[rows]
+                plain = x
                 if augmentation is not None:
                     x = augmentation(x)
                 # under torchrun each process takes its share of the same batch
@@ -555,7 +558,7 @@ def learn(
                 scaler.update()
                 model.zero_grad()
                 if hasattr(model, "after_step"):
-                    model.after_step()
+                    model.after_step(k, plain, y)
                 done += batch
                 if RANK == 0 and (step == steps or (live and step % 25 == 0)):
                     where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"
@@ -882,7 +885,7 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval()
 
 
-def run(args, seed, model, tasks, skipped=0):
+def run(args, seed, model, tasks, skipped=0, make_optimizers=make_optimizers):
     """Learn `tasks` with a checkpoint and results.json in OUT/seed<S> after each of them.
 
     The first `skipped` tasks are only evaluated. Returns what results.json holds.
@@ -928,6 +931,7 @@ def run(args, seed, model, tasks, skipped=0):
         proto_lr=args.proto_lr,
         weight_decay=args.weight_decay,
         augmentation=AUGMENTATIONS[args.augment],
+        make_optimizers=make_optimizers,
         compile=args.compile,
         seed=seed,
         R=[[]] * skipped + results["accuracy"],

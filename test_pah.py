@@ -686,8 +686,8 @@ class OwnMethod(nn.Module):
     def forward(self, images, n):
         return torch.stack([head(images.flatten(1)) for head in self.heads[:n]], 1)
 
-    def after_step(self):
-        self.calls.append("step")
+    def after_step(self, task, images, labels):
+        self.calls.append(("step", task, images.dtype, len(labels)))
 
     def end_task(self, task, images, labels):
         self.calls.append(("end", task, len(labels)))
@@ -696,8 +696,8 @@ class OwnMethod(nn.Module):
 def test_the_protocol_takes_any_method(capsys):
     model = OwnMethod(2)
     R = pah.learn(model, [own_arrays(), own_arrays()], epochs=2, batch_size=12, augmentation=None)
-    one = [("losses", 0, False), "step"]
-    two = [("losses", 1, True), "step"]
+    one = [("losses", 0, False), ("step", 0, torch.uint8, 12)]
+    two = [("losses", 1, True), ("step", 1, torch.uint8, 12)]
     first = [("begin", 0, 12), *one, *one, ("end", 0, 12)]
     assert model.calls == [*first, ("begin", 1, 12), *two, *two, ("end", 1, 12)]
     assert [len(row) for row in R] == [1, 2]

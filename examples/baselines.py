@@ -4,7 +4,8 @@
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
 A method is a class with begin_task, losses and forward, and where it needs them after_step and
-end_task: `pah.learn` takes it like PAH. Default strengths were chosen on validation images.
+end_task: `pah.learn` takes it like PAH. Default strengths were chosen on validation images, with
+the optimizers of pah.py; --optimizer sgd has others.
 """
 
 import copy
@@ -77,6 +78,15 @@ class MultiHead(nn.Module):
         images = int(self.memory.filled) if hasattr(self, "memory") else 0
         weights = sum(p.numel() for p in self.parameters())
         return {"weights": weights, "other numbers": sum(others), "images": images}
+
+
+class PAH(pah.PAH):
+    """PAH as in pah.py, for --optimizer."""
+
+    strength = None
+    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
+    flags += ("hidden", "hyper_lr", "proto_lr")
+    stored = MultiHead.stored
 
 
 class LwF(MultiHead):
@@ -205,7 +215,7 @@ class SI(MultiHead):
         pull = 2 * self.strength * self.importance * (self.before - self.anchor)
         return {"ce": with_gradient(loss, weights, self.gradient + pull)}
 
-    def after_step(self):
+    def after_step(self, task, images, labels):
         self.path -= self.gradient * (flat(self.parameters()).detach() - self.before)
 
     def end_task(self, task, images, labels):
@@ -242,19 +252,14 @@ class Memory(nn.Module):
         return torch.randperm(int(self.filled), device=self.labels.device)[:n]
 
     def offer(self, images, labels, logits, task):
-        """Reservoir sampling (Vitter 1985): each image ever offered stays as probably as another.
-
-        `images` are normalised.
-        """
+        """Reservoir sampling (Vitter 1985): each image ever offered stays as probably as another."""
         device = images.device
-        pixels = (images * pah.STD.to(device) + pah.MEAN.to(device)) * 255
         count = int(self.seen) + 1 + torch.arange(len(images), device=device)
         slots = (torch.rand(len(count), device=device) * count).long()
         slots = torch.where(count <= len(self.images), count - 1, slots)
         taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}
         rows, new = list(taken), list(taken.values())
-        pixels = pixels[new].round().to(torch.uint8)
-        self.put(rows, images=pixels, labels=labels[new], logits=logits[new], tasks=task)
+        self.put(rows, images=images[new], labels=labels[new], logits=logits[new], tasks=task)
         self.seen += len(images)
         self.filled.fill_(min(int(self.seen), len(self.images)))
 
@@ -321,8 +326,8 @@ class AGEM(Replay):
 
 class DER(Replay):
     """Dark experience replay (Buzzega et al. 2020): + strength * squared distance of the logits of
-    stored images to those of when a reservoir took them. Images are stored as the network saw
-    them, and augmented again."""
+    stored images to those of when a reservoir took them. Images are stored as they are, and
+    augmented anew."""
 
     strength = 0.3
     beta = 0.0
@@ -337,8 +342,24 @@ class DER(Replay):
         if memory.filled and self.beta:
             rows = memory.draw(len(images))
             terms["er"] = self.beta * F.cross_entropy(self.replay(rows), memory.labels[rows])
-        memory.offer(images, labels, logits.detach(), task)
+        self.logits = logits.detach()
         return terms
+
+    def after_step(self, task, images, labels):
+        self.memory.offer(images, labels, self.logits, task)
+
+
+class DERFresh(DER):
+    """DER with logits from the end of their task, when the network has learned it (ours)."""
+
+    strength = 1.0
+
+    @torch.no_grad()
+    def end_task(self, task, images, labels):
+        self.eval()
+        memory = self.memory
+        rows = torch.nonzero(memory.tasks[: memory.filled] == task).flatten()
+        memory.put(rows, logits=self(pah.normalise(memory.images[rows]), task + 1)[:, task])
 
 
 class DERpp(DER):
@@ -365,7 +386,11 @@ def matching(gradients, target, n, ridge=0.5):
 class GCR(Replay):
     """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on
     weighted images, chosen after each task so that the weighted gradient of a class's head is
-    about that of all its images."""
+    about that of all its images.
+
+    Simpler than the published one: images are chosen from all of a task with logits of its end,
+    so that none of a task is replayed while it is learned.
+    """
 
     strength = 3.0
     beta = 0.5
@@ -393,12 +418,15 @@ class GCR(Replay):
             rows = torch.nonzero(memory.tasks[: memory.filled] == t).flatten()
             columns = (memory.images, memory.labels, memory.logits, memory.weights)
             candidates[t] = [column[rows] for column in columns]
+        share, rest = divmod(len(memory.images), int(self.present.sum()))
         for t, (x, y, stored, weights) in sorted(candidates.items()):
             gradients = self.head_gradients(t, x, y, stored)
-            budget = len(memory.images) // int(self.present.sum())
             for c in y.unique().tolist():
                 own = torch.nonzero(y == c).flatten()
-                chosen, new = matching(gradients[own], weights[own] @ gradients[own], budget)
+                n = share
+                if rest > 0:  # the oldest classes share what is left over
+                    n, rest = n + 1, rest - 1
+                chosen, new = matching(gradients[own], weights[own] @ gradients[own], n)
                 chosen = own[chosen]
                 kept.append((x[chosen], y[chosen], stored[chosen], new, torch.full_like(chosen, t)))
         names = ("images", "labels", "logits", "weights", "tasks")
@@ -444,7 +472,11 @@ class PerTask(MultiHead):
 
 
 class Columns(nn.Module):
-    """A ResNet-18 for each task, which also sees the maps of all earlier ones."""
+    """A ResNet-18 for each task, which also sees the maps of all earlier ones.
+
+    Simpler than the published one: laterals enter between stages, not at every layer, and have no
+    learned scale.
+    """
 
     def __init__(self, args, num_tasks):
         super().__init__()
@@ -500,17 +532,19 @@ class PNN(PerTask):
 
 
 class Generator(nn.Module):
-    """Task embeddings (n, E) -> filters of the tail and heads of n tasks, by name.
+    """Task embeddings (n, E) -> filters of the tail and heads of the first n tasks, by name.
 
-    Each output channel comes from a hidden vector of the task and an embedding of the channel.
-    BatchNorm is each task's own.
+    Each output channel of a filter comes from a hidden vector of the task and an embedding of the
+    channel, a head from the hidden vector alone. BatchNorm and the biases of heads, their last
+    column, are each task's own.
     """
 
     def __init__(self, tail, num_tasks, classes, dim, size=32):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(size, 50), nn.ReLU(), nn.Linear(50, size), nn.ReLU())
+        self.head = nn.Linear(size, classes * dim)
+        self.biases = nn.Parameter(torch.zeros(num_tasks, classes, 1))
         self.shapes = {name: p.shape for name, p in tail.named_parameters() if p.ndim > 1}
-        self.shapes["head"] = torch.Size([classes, dim])
         self.channels = nn.ModuleList(
             nn.Embedding(shape[0], size) for shape in self.shapes.values()
         )
@@ -525,7 +559,9 @@ class Generator(nn.Module):
 
     def forward(self, embeddings):
         hidden = self.body(embeddings)
-        n, generated = len(hidden), {}
+        n = len(hidden)
+        heads = self.head(hidden).view(n, self.biases.shape[1], -1)
+        generated = {"head": torch.cat([heads, self.biases[:n]], 2)}
         for (name, shape), channel, layer in zip(
             self.shapes.items(), self.channels, self.layers, strict=True
         ):
@@ -568,7 +604,7 @@ class HN2(PerTask):
             for k in tasks:
                 filters = {name: values[k] for name, values in generated.items() if name != "head"}
                 maps.append(torch.func.functional_call(self.hypernetwork.tails[k], filters, (x,)))
-        return [x.float().mean((2, 3)) for x in maps]
+        return [F.pad(x.float().mean((2, 3)), (0, 1), value=1.0) for x in maps]  # 1: of the bias
 
     @torch.no_grad()
     def begin_task(self, task, images, labels):
@@ -599,6 +635,7 @@ class HN3(HN2):
 # Command line
 
 METHODS = {
+    "pah": PAH,
     "finetune": MultiHead,
     "lwf": LwF,
     "thumbnails": Thumbnails,
@@ -607,6 +644,7 @@ METHODS = {
     "si": SI,
     "agem": AGEM,
     "der": DER,
+    "derfresh": DERFresh,
     "derpp": DERpp,
     "gcr": GCR,
     "pnn": PNN,
@@ -618,11 +656,33 @@ NOT_ALL = ("lam", "mu", "temperature", "rehearsal", "proto_size", "proto_init", 
 NOT_ALL += ("hyper_lr", "proto_lr", "stem", "pretrained", "buffer_size")
 
 
+def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
+    """SGD with momentum for all weights but those of hypernetworks and prototypes."""
+    parts = {"hypernetwork": [], "prototypes": [], "others": []}
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        if p.requires_grad:
+            parts[part if part in parts else "others"].append(p)
+    groups = [
+        {"params": parts["hypernetwork"], "lr": hyper_lr},
+        {"params": parts["prototypes"], "lr": proto_lr, "weight_decay": 0},
+    ]
+    optimizers = [torch.optim.SGD(parts["others"], lr, 0.9, weight_decay=weight_decay)]
+    if parts["hypernetwork"] or parts["prototypes"]:
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True))
+    return optimizers
+
+
+OPTIMIZERS = {"muon": pah.make_optimizers, "sgd": make_sgd}
+
+
 def make_parser():
     parser = pah.make_parser()
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--strength", type=float, help="None: the method's own")
-    parser.add_argument("--buffer-size", type=int, default=200, help="stored images, in all")
+    add = parser.add_argument
+    add("method", choices=METHODS)
+    add("--strength", type=float, help="None: the method's own")
+    add("--buffer-size", type=int, default=200, help="stored images, in all")
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help="of filters; sgd: of all weights")
     return parser
 
 
@@ -663,7 +723,8 @@ def main(argv=None):
         skipped = 0
         if args.method == "joint":
             tasks, skipped = joined(tasks), len(tasks) - 1
-        results.append(pah.run(args, seed, model, tasks, skipped))
+        make_optimizers = OPTIMIZERS[args.optimizer]
+        results.append(pah.run(args, seed, model, tasks, skipped, make_optimizers))
     print(pah.describe(results))
 
 

@@ -33,10 +33,10 @@ def time_step(model, tasks, k, args):
     after_step = getattr(model, "after_step", None)
     steps, times = 0, []
 
-    def tick():
+    def tick(*batch):
         nonlocal steps
         if after_step is not None:
-            after_step()
+            after_step(*batch)
         steps += 1
         if steps in (WARM_UP, STEPS):
             if args.device == "cuda":

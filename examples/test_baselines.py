@@ -35,6 +35,10 @@ def weights(out):
     return torch.load(out / "seed0/checkpoint.pt", weights_only=True)["model"]
 
 
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
 def made(method, **options):
     """A model of three tasks of two classes in its first task, and eight images with labels."""
     torch.manual_seed(0)
@@ -63,7 +67,7 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "FISHER_IMAGES", 20)
     rates = ["--hyper-lr", 0.01, "--proto-lr", 0.01] if method.startswith("hn") else []
     r = run(method, tmp_path, *rates)
-    images = {"agem": 80, "der": 200, "derpp": 200, "gcr": 200}
+    images = {"agem": 80, "der": 200, "derfresh": 200, "derpp": 200, "gcr": 200}
     assert r["complete"]
     assert r["LA"] > 40  # of four classes
     assert r["args"]["method"] == method
@@ -137,7 +141,7 @@ def test_an_option_that_means_nothing_is_refused(flags, capsys):
     assert f"{option} has no effect on {method}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["agem", "der", "derpp", "gcr"])
+@pytest.mark.parametrize("method", ["agem", "der", "derfresh", "derpp", "gcr"])
 def test_the_buffer_size_is_an_option(method):
     args = baselines.parse_args([method, *RUN, "--buffer-size", "21"])
     tasks = pah.load_tasks(args, 0)
@@ -234,10 +238,16 @@ def test_ewc_is_one_parabola_for_all_tasks():
 def test_fisher_information_of_a_head_by_hand():
     """Its expectation under the model's own labels: p (1 - p) times the squared feature."""
     model, images, labels = made("ewc")
-    one = images[:1].repeat(200, 1, 1, 1)
-    model.end_task(0, one, labels[:1].repeat(200))
+    one = images[:1].repeat(400, 1, 1, 1)
     x = pah.normalise(images[:1])
+    wish = torch.tensor([1.0, -1.0])[:, None] * model.eval().features(x).detach()
+    model.stored_heads.data[0] = 0.7 * wish / wish[0].square().sum()
+    before = [module.running_mean.clone() for module in batch_norms(model)]
+    model.train().end_task(0, one, labels[:1].repeat(400))
+    for old, module in zip(before, batch_norms(model), strict=True):
+        assert torch.equal(old, module.running_mean)
     p = model(x, 1).softmax(-1)[0, 0, 0]
+    assert 0.75 < p < 0.85  # so that the likelier label alone gives something else
     expected = p * (1 - p) * model.features(x)[0] ** 2
     sizes = [w.numel() for w in model.parameters()]
     names = [name for name, _ in model.named_parameters()]
@@ -261,7 +271,7 @@ def test_si_path_is_how_far_the_loss_fell():
         with torch.no_grad():
             for p in model.parameters():
                 p -= 1e-3 * p.grad
-        model.after_step()
+        model.after_step(0, images, labels)
     fell = losses[0] - F.cross_entropy(model(x, 1)[:, 0], labels).item()
     assert fell > 0.05
     assert abs(model.path.sum().item() - fell) < 0.1 * fell
@@ -341,12 +351,50 @@ def test_the_reservoir_holds_images_of_all_times_as_they_came():
     for i in range(0, 1000, 50):
         numbers = torch.arange(i, i + 50)
         pixels = (numbers % 256)[:, None, None, None].expand(-1, 3, 16, 16).byte()
-        memory.offer(pah.normalise(pixels), numbers, torch.zeros(50, 2), 0)
+        memory.offer(pixels, numbers, torch.zeros(50, 2), 0)
     assert memory.filled == 200
     assert memory.seen == 1000
     assert torch.equal(memory.images[:, 0, 0, 0].long(), memory.labels % 256)
     assert len(memory.labels.unique()) == 200
     assert 400 < memory.labels.float().mean() < 600
+
+
+def test_der_stores_plain_images_with_the_logits_of_what_it_saw():
+    model, images, labels = made("der")
+    x = pah.normalise(images.flip(3))  # as if they had been mirrored
+    logits = model.eval()(x, 1)[:, 0]
+    model.losses(x, labels, 0, None)
+    model.after_step(0, images, labels)
+    assert torch.equal(model.memory.images[:8], images)
+    assert torch.equal(model.memory.logits[:8], logits)
+
+
+def test_der_with_fresh_logits_looks_again_at_its_own_task():
+    model, images, labels = made("derfresh")
+    for task in (0, 1):
+        model.begin_task(task, images, labels)
+        model.losses(pah.normalise(images), labels, task, None)
+        model.after_step(task, images, labels)
+    before = model.memory.logits.clone()
+    model.end_task(1, images, labels)
+    assert torch.equal(model.memory.logits[:8], before[:8])
+    wanted = model(pah.normalise(images), 2)[:, 1]  # in eval mode
+    torch.testing.assert_close(model.memory.logits[8:16], wanted)
+    assert not torch.allclose(before[8:16], wanted)
+
+
+def test_stored_images_are_augmented(monkeypatch):
+    model, images, labels = made("derpp")
+    model.memory.put(slice(8), images=images, tasks=0)
+    plain = model.eval().replay(torch.arange(8))
+    monkeypatch.setitem(pah.AUGMENTATIONS, "crop-flip", lambda images: images.flip(3))
+    args = baselines.parse_args(["derpp", "--width", "4", "--precision", "fp32"])
+    mirroring = baselines.build(args, [pah.Task(images, labels, images, labels, "ab")] * 3)
+    mirroring.load_state_dict(model.state_dict())
+    mirrored = mirroring.eval().replay(torch.arange(8))
+    assert not torch.allclose(plain, mirrored, atol=1e-3)
+    model.memory.put(slice(8), images=images.flip(3))
+    torch.testing.assert_close(model.replay(torch.arange(8)), mirrored)
 
 
 def test_matching_finds_the_rows_and_their_weights():
@@ -370,6 +418,63 @@ def test_gcr_keeps_a_coreset_of_every_task():
     assert memory.filled == 16
     assert memory.tasks[:16].tolist() == [0] * 8 + [1] * 8
     assert set(memory.images[:8, 0, 0, 0].tolist()) == set(first[:, 0, 0, 0].tolist())
+
+
+def test_gcr_gradients_are_those_of_its_two_terms():
+    model, images, labels = made("gcr", strength=0.7)
+    model.eval()
+    stored = torch.randn(8, 2)
+    with torch.no_grad():
+        gradients = model.head_gradients(0, images, labels, stored)
+    for i in range(8):
+        logits = model(pah.normalise(images[i : i + 1]), 1)[:, 0]
+        loss = 0.5 * F.cross_entropy(logits, labels[i : i + 1])
+        loss = loss + 0.7 * F.mse_loss(logits, stored[i : i + 1])
+        wanted = torch.autograd.grad(loss, model.stored_heads)[0][0].flatten()
+        torch.testing.assert_close(gradients[i], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
+    model, images, labels = made("gcr")
+    model.end_task(0, images, labels)
+    memory = model.memory
+    rows = slice(int(memory.filled))
+    memory.put(rows, weights=torch.rand(8) + 0.5, logits=torch.randn(8, 2))
+    old = [column[rows].clone() for column in (memory.images, memory.labels, memory.logits)]
+    old_weights = memory.weights[rows].clone()
+    model.begin_task(1, images, labels)
+    targets, matching = [], baselines.matching
+
+    def recorded(gradients, target, n):
+        targets.append(target)
+        return matching(gradients, target, n)
+
+    monkeypatch.setattr(baselines, "matching", recorded)
+    buffers = [module.running_mean.clone() for module in batch_norms(model)]
+    model.train().end_task(1, images, labels)
+    with torch.no_grad():
+        gradients = model.head_gradients(0, *old)
+    for c in (0, 1):
+        own = old[1] == c
+        torch.testing.assert_close(targets[c], old_weights[own] @ gradients[own])
+    for before, module in zip(buffers, batch_norms(model), strict=True):
+        assert torch.equal(before, module.running_mean)
+    now = model(pah.normalise(memory.images[8:16]), 2)[:, 1]
+    torch.testing.assert_close(memory.logits[8:16], now)  # of the task's end
+
+
+def test_gcr_fills_its_memory():
+    args = baselines.parse_args(["gcr", "--width", "4", "--buffer-size", "20"])
+    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(60) % 3
+    model = baselines.build(args, [pah.Task(images, labels, images, labels, "abc")] * 3)
+    for task, per_class in enumerate([[7, 7, 6], [4, 4, 3, 3, 3, 3], [3, 3, *[2] * 7]]):
+        model.begin_task(task, images, labels)
+        model.end_task(task, images, labels)
+        memory = model.memory
+        classes = memory.tasks * 3 + memory.labels
+        assert memory.filled == 20
+        assert classes.bincount().tolist() == per_class
 
 
 # -----------------------------------------------------------------------------
@@ -399,8 +504,9 @@ def test_what_is_frozen_after_the_first_task(method, frozen, learns, tmp_path):
 
 def test_hn_is_held_where_it_was():
     model, images, labels = made("hn2", strength=2.0)
-    model.begin_task(1, images, labels)
-    assert torch.equal(model.prototypes[1], model.prototypes[0])
+    for task in (1, 2):
+        model.begin_task(task, images, labels)
+        assert torch.equal(model.prototypes[task], model.prototypes[task - 1])
     model.train()
     assert not model.backbone.training
     assert model.hypernetwork.tails[1].training
@@ -408,10 +514,26 @@ def test_hn_is_held_where_it_was():
         model.hypernetwork.body[0].weight += 0.05
     model.eval()
     new = model.hypernetwork(model.prototypes[:2])
-    moved = sum((new[name][0] - model.old[name][0]).square().sum() for name in new)
-    terms = model.losses(pah.normalise(images), labels, 1, None)
+    moved = sum((new[name] - model.old[name]).square().sum() for name in new)
+    terms = model.losses(pah.normalise(images), labels, 2, None)
     assert moved > 0.1
-    torch.testing.assert_close(terms["moved"], 2 * moved)
+    torch.testing.assert_close(terms["moved"], 2 * moved / 2)  # strength, earlier tasks
+
+
+@pytest.mark.parametrize("method", ["hn2", "hn3"])
+def test_hn_has_a_head_of_its_own_for_each_task(method, tmp_path):
+    rates = ["--hyper-lr", 1e-3, "--proto-lr", 1e-3]
+    r = run(method, tmp_path, *rates)
+    args = argparse.Namespace(**r["args"])
+    model = baselines.build(args, pah.load_tasks(args, 0))
+    model.load_state_dict(weights(tmp_path))
+    heads = model.heads(2)
+    assert heads.shape == (2, 4, 33)  # the last column is the bias
+    centred = heads[..., :-1] - heads[..., :-1].mean(1, keepdim=True)  # all else softmax ignores
+    assert (centred[0] - centred[1]).norm() > 1e-3 * centred[0].norm()
+    assert model.hypernetwork.biases[:2].any(1).all()
+    alive = (model.hypernetwork.body(model.prototypes[:2]) > 0).any(0)
+    assert alive.sum() > 8
 
 
 @pytest.mark.parametrize("method", ["pnn", "hn3"])
@@ -428,3 +550,28 @@ def test_each_head_sees_the_features_of_its_task(method):
         own = model.own_logits(x, task)  # of some hundreds
         torch.testing.assert_close(together[:, task], own, rtol=1e-4, atol=1e-3)
     assert (together[:, 0] - together[:, 1]).abs().max() > 1e-3
+
+
+# -----------------------------------------------------------------------------
+# SGD
+
+
+def test_sgd_moves_what_muon_would_and_hypernetworks_keep_adamw():
+    model, *_ = made("pah")
+    sgd, adamw = baselines.make_sgd(model, 0.1, 0.2, 0.3, 0.4, torch.float32)
+    group = sgd.param_groups[0]
+    assert type(sgd) is torch.optim.SGD
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.4)
+    assert len(group["params"]) == len(list(model.backbone.parameters()))
+    rates = [(group["lr"], group["weight_decay"]) for group in adamw.param_groups]
+    assert type(adamw) is torch.optim.AdamW
+    assert rates == [(0.2, 0.4), (0.3, 0)]
+    assert len(baselines.make_sgd(made("lwf")[0], 0.1, 0, 0, 0, torch.float32)) == 1
+
+
+def test_a_run_with_sgd_is_another_run(tmp_path):
+    short = ["--epochs", 1, "--stop-after", 1]
+    run("pah", tmp_path / "muon", *short)
+    run("pah", tmp_path / "sgd", *short, "--optimizer", "sgd")
+    muon, sgd = weights(tmp_path / "muon"), weights(tmp_path / "sgd")
+    assert not torch.equal(muon["backbone.layers.0.weight"], sgd["backbone.layers.0.weight"])
