@@ -140,7 +140,7 @@ class PAH(nn.Module):
 
     @torch.no_grad()
     def begin_task(self, task, images, labels):
-        """Start each prototype of `task` as a random training image of its class, resized, or as noise.
+        """Start each prototype of `task` as a random image of its class, resized, or as noise.
 
         `images` (N, 3, H, W) are uint8; `labels` (N,) are 0 to C-1.
         """
@@ -172,7 +172,7 @@ class PAH(nn.Module):
         return logits.masked_fill(~self.present[:n], ABSENT)
 
     def prototype_logits(self, prototypes):
-        """Logits (n, C, C) of prototypes (n, C, 3, s, s) as images, with the heads of their tasks."""
+        """Logits (n, C, C) of prototypes (n, C, 3, s, s) as images, with their tasks' heads."""
         n = len(prototypes)
         features = self.features(prototypes.flatten(0, 1)).unflatten(0, (n, -1))
         logits = features @ self.heads(n).mT
@@ -508,7 +508,8 @@ def learn(
     its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses are
     scaled. Where it has them, after_step(task, images, labels) is called after each step with the
     batch before augmentation, and end_task(task, images, labels) after each task with all there
-    is. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds) is called after each task.
+    is. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds) is
+    called after each task.
     `seed` seeds torch's generators before each task. The model is left in eval mode.
     """
     device = next(model.parameters()).device
@@ -609,7 +610,7 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a temporary path that becomes `path` at the end, so that `path` is never half-written."""
+    """Yield a temporary path that becomes `path` at the end, so that it is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
     try:

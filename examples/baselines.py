@@ -252,7 +252,7 @@ class Memory(nn.Module):
         return torch.randperm(int(self.filled), device=self.labels.device)[:n]
 
     def offer(self, images, labels, logits, task):
-        """Reservoir sampling (Vitter 1985): each image ever offered stays as probably as another."""
+        """Reservoir sampling (Vitter 1985): all images ever offered are equally likely to stay."""
         device = images.device
         count = int(self.seen) + 1 + torch.arange(len(images), device=device)
         slots = (torch.rand(len(count), device=device) * count).long()
