@@ -284,9 +284,8 @@ class Replay(MultiHead):
         if self.augmentation is not None:
             images = self.augmentation(images)
         tasks = self.memory.tasks[rows]
-        logits = torch.einsum(
-            "bd,bcd->bc", self.features(pah.normalise(images)), self.stored_heads[tasks]
-        )
+        features = self.features(pah.normalise(images))
+        logits = torch.einsum("bd,bcd->bc", features, self.stored_heads[tasks])
         return logits.masked_fill(~self.present[tasks], pah.ABSENT)
 
 
@@ -589,9 +588,8 @@ class HN2(PerTask):
         num_tasks, classes, dim = self.stored_heads.shape
         del self.stored_heads
         self.hypernetwork = Generator(layers[3 + self.stages :], num_tasks, classes, dim)
-        self.prototypes = nn.Parameter(
-            torch.randn(num_tasks, 32)
-        )  # embeddings; --proto-lr is theirs
+        # task embeddings, under the name that has --proto-lr
+        self.prototypes = nn.Parameter(torch.randn(num_tasks, 32))
 
     def heads(self, n):
         return self.hypernetwork(self.prototypes[:n])["head"]
@@ -620,10 +618,10 @@ class HN2(PerTask):
         logits = features @ generated["head"][task].T
         terms = {"ce": F.cross_entropy(logits.masked_fill(~self.present[task], pah.ABSENT), labels)}
         if task > 0:
-            moved = [
+            moved = sum(
                 (generated[name][:task] - old).square().sum() for name, old in self.old.items()
-            ]
-            terms["moved"] = self.strength * sum(moved) / task
+            )
+            terms["moved"] = self.strength * moved / task
         return terms
 
 
