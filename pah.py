@@ -507,10 +507,10 @@ def learn(
     `model` is a PAH or another module with begin_task, losses and forward like it. Muon trains
     its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses are
     scaled. Where it has them, after_step(task, images, labels) is called after each step with the
-    batch before augmentation, and end_task(task, images, labels) after each task with all there
-    is. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds) is
-    called after each task.
-    `seed` seeds torch's generators before each task. The model is left in eval mode.
+    batch before augmentation, and end_task(task, images, labels) after each task with all of its
+    images. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds)
+    is called after each task. `seed` seeds torch's generators before each task. The model is left
+    in eval mode.
     """
     device = next(model.parameters()).device
     dtype = getattr(model, "dtype", torch.float32)
@@ -545,7 +545,6 @@ def learn(
             order = torch.randperm(len(images), device=device)[: steps * batch].view(steps, batch)
             for step, rows in enumerate(order, start=1):
                 x, y = images[rows], labels[rows]
-                plain = x
                 if augmentation is not None:
                     x = augmentation(x)
                 # under torchrun each process takes its share of the same batch
@@ -559,7 +558,7 @@ def learn(
                 scaler.update()
                 model.zero_grad()
                 if hasattr(model, "after_step"):
-                    model.after_step(k, plain, y)
+                    model.after_step(k, images[rows], y)
                 done += batch
                 if RANK == 0 and (step == steps or (live and step % 25 == 0)):
                     where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"

@@ -693,6 +693,17 @@ class OwnMethod(nn.Module):
         self.calls.append(("end", task, len(labels)))
 
 
+def test_after_step_gets_images_before_augmentation(monkeypatch):
+    task, seen = own_arrays(), []
+    monkeypatch.setattr(
+        OwnMethod, "after_step", lambda self, k, images, labels: seen.append(images)
+    )
+    pah.learn(OwnMethod(1), [task], epochs=1, batch_size=12, augmentation=lambda x: 255 - x)
+    assert len(seen) == 1
+    images = torch.as_tensor(task.train_images)
+    assert sorted(seen[0].flatten(1).tolist()) == sorted(images.flatten(1).tolist())
+
+
 def test_the_protocol_takes_any_method(capsys):
     model = OwnMethod(2)
     R = pah.learn(model, [own_arrays(), own_arrays()], epochs=2, batch_size=12, augmentation=None)
