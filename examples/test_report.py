@@ -281,6 +281,18 @@ def test_the_tables_of_results_md_are_what_report_prints():
     assert shown == set(rows)
 
 
+def test_the_comparison_with_avalanche_is_what_was_measured():
+    for method in ("lwf", "ewc", "si", "derpp"):
+        cells = []
+        for whose in ("ours", "theirs", "like-theirs"):
+            path = ROOT / f"assets/avalanche/{method}-{whose}.json"
+            if path.exists():
+                measured = pah.metrics(json.loads(path.read_text())["accuracy"])
+                cells.append(" / ".join(f"{measured[name]:.2f}" for name in ("AA", "FM", "LA")))
+        row = re.search(rf"^\| `{method}.*?` \| (\d+\.\d+ / .*) \|$", RESULTS, re.MULTILINE)[1]
+        assert [cell.strip() for cell in row.split("|") if cell.strip()] == cells
+
+
 def test_the_table_of_the_readme_is_what_report_prints():
     lines = [line for line in README.splitlines() if line.startswith("| ")]
     ours = [line.split("|") for line in lines if "`python pah.py --" in line and " ± " in line]
