@@ -27,12 +27,12 @@ from avalanche.benchmarks import (
 from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
 from avalanche.models import MultiTaskModule
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
-from avalanche.training.supervised import EWC, LwF, Naive, SynapticIntelligence
+from avalanche.training.supervised import EWC, LwF, SynapticIntelligence
 from avalanche.training.supervised.der import DER
 from baselines import pah
 from torch.utils.data import TensorDataset
 
-METHODS = ("naive", "lwf", "ewc", "si", "derpp")
+METHODS = ("lwf", "ewc", "si", "derpp")
 
 
 class MultiHead(MultiTaskModule):
@@ -118,9 +118,7 @@ def make_strategy(args, seed, tasks):
         return EWC(ewc_lambda=args.strength, **common)
     if args.method == "si":
         return SynapticIntelligence(si_lambda=args.strength, eps=baselines.SI.damping, **common)
-    if args.method == "derpp":
-        return AugmentedDER(mem_size=200, alpha=args.strength, beta=0.5, **common)
-    return Naive(**common)
+    return AugmentedDER(mem_size=200, alpha=args.strength, beta=0.5, **common)
 
 
 class Evaluated:
@@ -138,7 +136,7 @@ class Evaluated:
 def main():
     parser = pah.make_parser()
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--strength", type=float, default=0.0)
+    parser.add_argument("--strength", type=float, required=True)
     args = pah.parse_args(None, parser)
     pah.set_up("cpu")
     for seed in args.seeds:
