@@ -47,11 +47,8 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
   run pah.py "$@" --proto-init random
   run pah.py "$@" --proto-init random --mu 0
   run pah.py "$@" --rehearsal
-  for method in thumbnails ewc si agem der derfresh derpp gcr pnn; do
+  for method in thumbnails ewc si agem der derfresh derpp gcr pnn hn2 hn3; do
     run examples/baselines.py $method "$@"
-  done
-  for method in hn2 hn3; do
-    run examples/baselines.py $method "$@" --hyper-lr 2e-3 --proto-lr 2e-3
   done
 }
 all() { # WORKER: its number, or plan

@@ -4,8 +4,8 @@
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
 A method is a class with begin_task, losses and forward, and where it needs them after_step and
-end_task: `pah.learn` takes it like PAH. Default strengths were chosen on validation images, with
-the optimizers of pah.py; --optimizer sgd has others.
+end_task: `pah.learn` takes it like PAH. Its default strength, optimizer and learning rates are the
+best that were found on validation images.
 """
 
 import copy
@@ -37,11 +37,13 @@ class MultiHead(nn.Module):
     """Finetuning: a backbone and a stored head for each task. Most methods start from it.
 
     What must outlive a task is a parameter or a buffer, so that checkpoints hold it. `flags` are
-    the options that a method knows of those which not all methods know.
+    the options that a method knows of those which not all methods know, `defaults` are options
+    with another default than in pah.py.
     """
 
     strength = None
     flags = ("stem", "pretrained")
+    defaults = {}
     frozen = ()  # modules that no longer learn
     features = pah.PAH.features
     forward = pah.PAH.forward
@@ -83,7 +85,7 @@ class MultiHead(nn.Module):
 class PAH(pah.PAH):
     """PAH as in pah.py, for --optimizer."""
 
-    strength = None
+    strength, defaults = None, {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
     flags += ("hidden", "hyper_lr", "proto_lr")
     stored = MultiHead.stored
@@ -111,7 +113,7 @@ class Thumbnails(pah.Rehearsal):
     """Rehearsal without a hypernetwork: heads are stored, and prototypes stay what they began as,
     a thumbnail of one training image per class."""
 
-    strength = None
+    strength, defaults = None, {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
     stored = MultiHead.stored
 
@@ -130,7 +132,7 @@ class Thumbnails(pah.Rehearsal):
 class Joint(pah.PAH):
     """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
 
-    strength = None
+    strength, defaults = None, {}
     flags = ("stem", "pretrained", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
 
     def begin_task(self, task, images, labels):
@@ -266,6 +268,7 @@ class Memory(nn.Module):
 
 class Replay(MultiHead):
     flags = (*MultiHead.flags, "buffer_size")
+    defaults = {"optimizer": "sgd"}
     every_class = False  # must there be an image of each class?
 
     def __init__(self, args, tasks):
@@ -575,13 +578,14 @@ class HN2(PerTask):
     behind them comes from a hypernetwork; + strength * how far what it makes for earlier tasks has
     moved, squared, mean over these tasks (von Oswald et al. 2020, without look-ahead).
 
-    Wants --hyper-lr 2e-3 --proto-lr 2e-3; its authors use 1e-3. At 3e-3 all of its ReLUs died in
-    ten tasks of ten epochs.
+    Its authors' learning rate is 1e-3. At 3e-3 all ReLUs of the hypernetwork died in ten tasks of
+    ten epochs.
     """
 
     strength = 2.0
     stages = 2
     flags = ("hyper_lr", "proto_lr")
+    defaults = {"hyper_lr": 2e-3, "proto_lr": 2e-3}
 
     def __init__(self, args, tasks):
         layers = pah.ResNet18(args.width).layers
@@ -673,6 +677,7 @@ def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
 
 
 OPTIMIZERS = {"muon": pah.make_optimizers, "sgd": make_sgd}
+SGD_DEFAULTS = {"lr": 0.03, "weight_decay": 5e-4}
 
 
 def make_parser():
@@ -682,13 +687,20 @@ def make_parser():
     add("--strength", type=float, help="None: the method's own")
     add("--buffer-size", type=int, default=200, help="stored images, in all")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="of filters; sgd: of all weights")
+    parser.epilog = (
+        "Other defaults: hn2 and hn3 have --hyper-lr 0.002 --proto-lr 0.002, methods with stored "
+        "images have --optimizer sgd, and sgd has --lr 0.03 --weight-decay 0.0005."
+    )
     return parser
 
 
 def parse_args(argv=None):
     parser = make_parser()
+    method = METHODS[parser.parse_args(argv).method]
+    parser.set_defaults(strength=method.strength, **method.defaults)
+    if parser.parse_args(argv).optimizer == "sgd":
+        parser.set_defaults(**SGD_DEFAULTS)
     args = pah.parse_args(argv, parser)
-    method = METHODS[args.method]
     unknown = [name for name in NOT_ALL if name not in method.flags]
     if method.strength is None:
         unknown.append("strength")
@@ -699,8 +711,6 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
     if pah.WORLD > 1:
         parser.error("only pah.py itself runs with several processes")
-    if args.strength is None:
-        args.strength = method.strength
     return args
 
 

@@ -48,6 +48,7 @@ def time_step(model, tasks, k, args):
         rates = {"lr": args.lr, "hyper_lr": args.hyper_lr, "proto_lr": args.proto_lr}
         augmentation = pah.AUGMENTATIONS[args.augment]
         options = {"batch_size": batch, "augmentation": augmentation, "compile": args.compile}
+        options["make_optimizers"] = baselines.OPTIMIZERS[getattr(args, "optimizer", "muon")]
         pah.learn(model, short, epochs=1, R=[[0.0]] * k, **rates, **options)
     return (times[1] - times[0]) / (STEPS - WARM_UP)
 

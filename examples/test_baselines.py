@@ -141,6 +141,21 @@ def test_an_option_that_means_nothing_is_refused(flags, capsys):
     assert f"{option} has no effect on {method}" in capsys.readouterr().err
 
 
+def test_methods_have_defaults_of_their_own():
+    def options(flags):
+        args = baselines.parse_args(flags.split())
+        return args.optimizer, args.lr, args.weight_decay, args.hyper_lr, args.strength
+
+    assert options("lwf") == ("muon", 0.02, 0.005, 1e-4, None)
+    assert options("lwf --optimizer sgd") == ("sgd", 0.03, 5e-4, 1e-4, None)
+    assert options("hn2") == ("muon", 0.02, 0.005, 2e-3, 2)
+    assert options("agem") == ("sgd", 0.03, 5e-4, 1e-4, 200)
+    assert options("agem --optimizer muon") == ("muon", 0.02, 0.005, 1e-4, 200)
+    assert options("agem --lr 0.02 --weight-decay 0.005") == ("sgd", 0.02, 0.005, 1e-4, 200)
+    assert options("hn2 --hyper-lr 1e-4 --strength 0.5") == ("muon", 0.02, 0.005, 1e-4, 0.5)
+    assert baselines.parse_args(["agem"]).out == "runs/cifar100-10-method-agem"
+
+
 @pytest.mark.parametrize("method", ["agem", "der", "derfresh", "derpp", "gcr"])
 def test_the_buffer_size_is_an_option(method):
     args = baselines.parse_args([method, *RUN, "--buffer-size", "21"])
@@ -522,8 +537,7 @@ def test_hn_is_held_where_it_was():
 
 @pytest.mark.parametrize("method", ["hn2", "hn3"])
 def test_hn_has_a_head_of_its_own_for_each_task(method, tmp_path):
-    rates = ["--hyper-lr", 1e-3, "--proto-lr", 1e-3]
-    r = run(method, tmp_path, *rates)
+    r = run(method, tmp_path, "--hyper-lr", 1e-3, "--proto-lr", 1e-3)
     args = argparse.Namespace(**r["args"])
     model = baselines.build(args, pah.load_tasks(args, 0))
     model.load_state_dict(weights(tmp_path))
