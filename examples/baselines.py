@@ -331,7 +331,7 @@ class DER(Replay):
     stored images to those of when a reservoir took them. Images are stored as they are, and
     augmented anew."""
 
-    strength = 0.3
+    strength = 0.1
     beta = 0.0
 
     def losses(self, images, labels, task, teacher):
@@ -367,7 +367,7 @@ class DERFresh(DER):
 class DERpp(DER):
     """DER++: and + beta * cross-entropy of stored images."""
 
-    strength = 1.0
+    strength = 0.1
     beta = 0.5
 
 
@@ -394,7 +394,7 @@ class GCR(Replay):
     so that none of a task is replayed while it is learned.
     """
 
-    strength = 3.0
+    strength = 1.0
     beta = 0.5
     every_class = True
 
