@@ -4,8 +4,8 @@
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
 A method is a class with begin_task, losses and forward, and where it needs them after_step and
-end_task: `pah.learn` takes it like PAH. Its default strength, optimizer and learning rates are the
-best that were found on validation images.
+end_task: `pah.learn` takes it like PAH. Its default strength, optimizer and learning rates were
+chosen on validation images.
 """
 
 import copy
@@ -85,7 +85,8 @@ class MultiHead(nn.Module):
 class PAH(pah.PAH):
     """PAH as in pah.py, for --optimizer."""
 
-    strength, defaults = None, {}
+    strength = None
+    defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
     flags += ("hidden", "hyper_lr", "proto_lr")
     stored = MultiHead.stored
@@ -113,7 +114,8 @@ class Thumbnails(pah.Rehearsal):
     """Rehearsal without a hypernetwork: heads are stored, and prototypes stay what they began as,
     a thumbnail of one training image per class."""
 
-    strength, defaults = None, {}
+    strength = None
+    defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
     stored = MultiHead.stored
 
@@ -132,7 +134,8 @@ class Thumbnails(pah.Rehearsal):
 class Joint(pah.PAH):
     """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
 
-    strength, defaults = None, {}
+    strength = None
+    defaults = {}
     flags = ("stem", "pretrained", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
 
     def begin_task(self, task, images, labels):

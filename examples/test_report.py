@@ -216,6 +216,19 @@ def test_bench(method, capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("method, optimizer", [("lwf", "muon"), ("derpp", "sgd")])
+def test_bench_times_the_optimizer_of_the_method(method, optimizer, monkeypatch):
+    class Called(Exception):
+        pass
+
+    def called(*args):
+        raise Called
+
+    monkeypatch.setitem(bench.baselines.OPTIMIZERS, optimizer, called)
+    with pytest.raises(Called):
+        bench.main([method, "--dataset", "synthetic", "--width", "4", "--device", "cpu"])
+
+
 def test_the_prediction_is_between_the_tasks_that_were_measured():
     seconds = {0: 1.0, 1: 3.0, 4: 9.0}
     assert [bench.interpolate(k, seconds) for k in range(5)] == [1, 3, 5, 7, 9]
