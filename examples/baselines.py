@@ -357,8 +357,6 @@ class DER(Replay):
 class DERFresh(DER):
     """DER with logits from the end of their task, when the network has learned it (ours)."""
 
-    strength = 1.0
-
     @torch.no_grad()
     def end_task(self, task, images, labels):
         self.eval()
@@ -370,7 +368,6 @@ class DERFresh(DER):
 class DERpp(DER):
     """DER++: and + beta * cross-entropy of stored images."""
 
-    strength = 0.1
     beta = 0.5
 
 
