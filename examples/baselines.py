@@ -4,8 +4,8 @@
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
 A method is a class with begin_task, losses and forward, and where it needs them after_step and
-end_task: `pah.learn` takes it like PAH. Its default strength, optimizer and learning rates were
-chosen on validation images.
+end_task: `pah.learn` takes it like PAH. Default strengths and optimizers were chosen on validation
+images, as assets/notebook.md says.
 """
 
 import copy
@@ -270,6 +270,12 @@ class Memory(nn.Module):
 
 
 class Replay(MultiHead):
+    """Finetuning with a memory of images.
+
+    Every image has the head of its own task only. DER, DER++ and GCR were published with one head
+    for all classes.
+    """
+
     flags = (*MultiHead.flags, "buffer_size")
     defaults = {"optimizer": "sgd"}
     every_class = False  # must there be an image of each class?
@@ -302,7 +308,8 @@ def projected(gradient, reference):
 
 class AGEM(Replay):
     """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are
-    stored, and a gradient may not raise the loss of `strength` of them."""
+    stored, and a gradient may not raise the loss of `strength` of them. All classes have a share of
+    the memory from the start, so it is full only after the last task."""
 
     strength = 200.0
     every_class = True
@@ -387,8 +394,8 @@ def matching(gradients, target, n, ridge=0.5):
 
 class GCR(Replay):
     """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on
-    weighted images, chosen after each task so that the weighted gradient of a class's head is
-    about that of all its images.
+    weighted images, chosen after each task so that, for each class, their weighted gradient for the
+    task's head is close to that of all its images.
 
     Simpler than the published one: images are chosen from all of a task with logits of its end,
     so that none of a task is replayed while it is learned.
