@@ -255,6 +255,15 @@ def setting_of(words):
     return report.setting(vars(parse(words)))
 
 
+def test_other_methods_are_shown_with_their_defaults():
+    section = RESULTS.split("## Other methods")[1].split("### ")[0]
+    rows = re.findall(r"^\| [^`|]+: `(.+?)` \|", section, re.M)
+    assert len(rows) > 8
+    for row in rows:
+        words = row.split()
+        assert baselines.parse_args(words) == baselines.parse_args(words[:1]), row
+
+
 def rows_of_results():
     """(setting, first cell, other cells) of each row: the last command above it, and its options."""
     command = ""
