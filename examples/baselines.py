@@ -88,7 +88,7 @@ class PAH(pah.PAH):
     strength = None
     defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
-    flags += ("hidden", "hyper_lr", "proto_lr")
+    flags += ("hidden", "hyper_lr", "proto_lr", "rehearsal")
     stored = MultiHead.stored
 
 
@@ -722,7 +722,7 @@ def parse_args(argv=None):
 
 
 def build(args, tasks):
-    method = METHODS[args.method]
+    method = pah.Rehearsal if args.rehearsal else METHODS[args.method]
     if issubclass(method, pah.PAH):
         return pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
     return method(args, tasks)

@@ -583,6 +583,15 @@ def test_sgd_moves_what_muon_would_and_hypernetworks_keep_adamw():
     assert len(baselines.make_sgd(made("lwf")[0], 0.1, 0, 0, 0, torch.float32)) == 1
 
 
+def test_pah_has_rehearsal_as_in_pah_py(tmp_path):
+    flags = ["--rehearsal", "--epochs", 1, "--stop-after", 2]
+    run("pah", tmp_path / "here", *flags)
+    pah.main([*RUN, "--out", str(tmp_path / "there"), *map(str, flags)])
+    here, there = weights(tmp_path / "here"), weights(tmp_path / "there")
+    for name in there:
+        assert torch.equal(here[name], there[name]), name
+
+
 def test_a_run_with_sgd_is_another_run(tmp_path):
     short = ["--epochs", 1, "--stop-after", 1]
     run("pah", tmp_path / "muon", *short)
