@@ -11,8 +11,8 @@
 
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
 images, the prototypes of its classes. Three losses keep old tasks working without old data.
-The first half of this file is the method, to be copied: model, losses, metrics, backbone,
-optimizers, training. The second half is the experiment: data, one run, the command line.
+The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
+optimizers, training. The second half is the experiment: data, files, one run, the command line.
 """
 
 import argparse
@@ -23,8 +23,9 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
 # ImageNet's mean and standard deviation, so that no later task is looked at
@@ -44,14 +46,37 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes there are
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the command line prints it as one line."""
+    """An error that the user can fix; the command line prints it as one line."""
+
+
+@contextlib.contextmanager
+def user_error(message):
+    """Turn what fails within into a UserError: `message` and, in brackets, the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch and Pillow raise many kinds for a damaged file
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{message} ({reason})") from error
+
+
+# -----------------------------------------------------------------------------
+# Images
+
+# uint8 images (N, 3, S, S), labels (N,) from 0 and the names of the classes: of one task, where
+# labels count its own classes, or of a whole data set
+Task = namedtuple(
+    "Task", "train_images train_labels test_images test_labels classes", defaults=[()]
+)
 
 
 def normalise(images):
     """uint8 images (..., 3, H, W) -> float32 of about zero mean and unit variance.
 
-    Raises UserError for any other type: floats between 0 and 1 would train to chance.
+    Raises UserError for any other type: floats between 0 and 1 would train to chance level.
     """
+    images = torch.as_tensor(images)
     if images.dtype != torch.uint8:
         raise UserError(f"images must be uint8, from 0 to 255, not {images.dtype}")
     mean = MEAN.to(images.device, non_blocking=True)
@@ -112,7 +137,8 @@ class PAH(nn.Module):
     `backbone` maps images (B, 3, H, W) to features (B, D) and runs in `dtype`; heads, logits and
     losses are float32. `classes` is C, the classes of the largest task: `present` (K, C) says
     which of them a task has. `lam`, `mu` and `temperature` belong to the losses; `proto_init` is
-    "semantic", training images, or "random", noise.
+    "semantic", training images, or "random", noise. A backbone with no trainable parameter stays in
+    eval mode, so that BatchNorm keeps its running statistics.
     """
 
     def __init__(
@@ -137,6 +163,13 @@ class PAH(nn.Module):
         self.hypernetwork = Hypernetwork(classes * 3 * proto_size**2, classes, dim, hidden)
         self.lam, self.mu, self.temperature = lam, mu, temperature
         self.proto_init = proto_init
+        self.limits = num_tasks, classes  # of what `learn` accepts
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
 
     @torch.no_grad()
     def begin_task(self, task, images, labels):
@@ -196,18 +229,33 @@ class PAH(nn.Module):
 
 @torch.no_grad()
 def feature_dim(backbone, size):
-    """D of a backbone, found with one grey image of the prototypes' size, which L_sp needs too."""
+    """D of a backbone, found by passing one grey image of the prototypes' size, as L_sp will."""
     device = next(backbone.parameters(), torch.empty(0)).device
-    try:
-        features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size, device=device))
-    except Exception as error:
-        raise UserError(
-            f"the backbone cannot take prototypes of {size}x{size} pixels ({error}): "
-            "give PAH a larger proto_size, for example the size of the images"
-        ) from error
+    backbone = copy.deepcopy(backbone).eval()  # fails now if `learn` could not make a teacher
+    with user_error(
+        f"the backbone cannot take prototypes of {size}x{size} pixels: "
+        "give PAH a larger proto_size, for example the size of the images"
+    ):
+        features = backbone(torch.zeros(1, 3, size, size, device=device))
     if features.ndim != 2:
         raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
     return features.shape[1]
+
+
+@contextlib.contextmanager
+def in_eval_mode(model, frozen=()):
+    """Eval mode, without gradients for the parameters `frozen`; afterwards all is as it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for p in frozen:
+            p.requires_grad_(False)
+        yield
+    finally:  # also after Ctrl-C
+        for p in frozen:
+            p.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
 
 
 # -----------------------------------------------------------------------------
@@ -241,64 +289,11 @@ def soft_loss_prototypes(model, teacher, task):
     with torch.no_grad():
         old = teacher.prototype_logits(prototypes)
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.prototypes]
-    for p in weights:
-        p.requires_grad_(False)
-    training = model.training
-    model.eval()
-    new = model.prototype_logits(prototypes)
-    model.train(training)
-    for p in weights:
-        p.requires_grad_(True)
+    with in_eval_mode(model, frozen=weights):
+        new = model.prototype_logits(prototypes)
     present = model.present[:task].float()
-    share = present / present.mean(1, keepdim=True)  # 1 where a task has all C classes
-    return (share * distillation(new, old, model.temperature)).mean() * task
-
-
-# -----------------------------------------------------------------------------
-# Rehearsal: an extension of ours, not in the paper
-
-
-class Rehearsal(PAH):
-    """PAH whose prototypes join the batch in place of old images.
-
-    They are drawn from all earlier tasks, one for every two images of the batch, and resized to the
-    images' size. L_sp is L_sm on them: old and new model agree under all earlier heads, and all
-    weights learn from it. `augmentation` is like that of `learn`, but of normalised images.
-    """
-
-    def __init__(self, *args, augmentation=augment, **options):
-        super().__init__(*args, **options)
-        self.augmentation = augmentation
-
-    def draw(self, task, n, size):
-        """n prototypes of random classes before `task`, as images (n, 3, *size).
-
-        Under torchrun these are n of all processes together, and each gets its share.
-        """
-        present = self.present[:task].flatten().float()
-        drawn = torch.multinomial(present, n, replacement=True)
-        prototypes = self.prototypes[:task].flatten(0, 1)[drawn]
-        images = F.interpolate(prototypes, size, mode="bilinear", antialias=True)
-        if self.augmentation is not None:
-            images = self.augmentation(images)
-        return images[RANK::WORLD]
-
-    def losses(self, images, labels, task, teacher):
-        """The weighted terms by name, as PAH.losses; L_sp comes from the same pass as the rest."""
-        if teacher is None or not self.mu:
-            return super().losses(images, labels, task, teacher)
-        n = len(images)
-        drawn = self.draw(task, max(WORLD, n * WORLD // 2), images.shape[2:])
-        batch = torch.cat([images, drawn])
-        logits = self(batch, task + 1)
-        with torch.no_grad():
-            old = teacher(batch, task)
-        distances = distillation(logits[:, :task], old, self.temperature).sum(1)
-        return {
-            "hm": F.cross_entropy(logits[:n, task], labels),
-            "sm": self.lam * distances[:n].mean(),
-            "sp": self.mu * distances[n:].mean(),
-        }
+    scale = present / present.mean(1, keepdim=True)  # 1 where a task has all C classes
+    return (scale * distillation(new, old, model.temperature)).mean() * task
 
 
 # -----------------------------------------------------------------------------
@@ -317,26 +312,37 @@ def forgetting(R):
     return sum(drops) / max(1, last)
 
 
+def metrics(R):
+    """AA, FM, BWT and LA by name; only AA if tasks were not learned one after the other."""
+    if len(R[0]) != 1:  # joint training has nothing but the last row
+        return {"AA": average_accuracy(R), "FM": None, "BWT": None, "LA": None}
+    learned = [row[-1] for row in R]
+    return {
+        "AA": average_accuracy(R),
+        "FM": forgetting(R),
+        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),  # Lopez-Paz and Ranzato 2017
+        "LA": sum(learned) / len(R),  # accuracy on a task just after it was learned
+    }
+
+
 @torch.no_grad()
-def evaluate(model, tasks):
+def evaluate(model, tasks, batch_size=256):
     """A row of R: accuracies in percent on the test images of `tasks`, all tasks so far.
 
     Also returns the class-incremental accuracy: the mean over tasks without task labels, where
     the largest logit of all heads decides.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     row, class_incremental = [], []
     for k, task in enumerate(tasks):
         labels = torch.as_tensor(task.test_labels).to(device).long()
-        parts = torch.as_tensor(task.test_images).split(500)
-        logits = torch.cat([model(normalise(x.to(device)), len(tasks)) for x in parts])
+        batches = torch.as_tensor(task.test_images).split(batch_size)
+        with in_eval_mode(model):
+            logits = torch.cat([model(normalise(x.to(device)), len(tasks)) for x in batches])
         right = logits[:, k].argmax(1) == labels
         right_among_all = logits.flatten(1).argmax(1) == labels + k * logits.shape[2]
         row.append(100 * right.double().mean().item())
         class_incremental.append(100 * right_among_all.double().mean().item())
-    model.train(training)
     return row, sum(class_incremental) / len(tasks)
 
 
@@ -475,14 +481,44 @@ def one_cycle(optimizer, steps):
     return OneCycleLR(optimizer, peaks, steps + 1, cycle_momentum=False)
 
 
-def average_gradients(model):
-    """Replace each gradient by its mean over all processes, sent as one flat tensor."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    means = (flat / WORLD).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+class Losses(nn.Module):
+    """The losses of a model as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch):
+        return self.model.losses(*batch)
+
+
+def check_tasks(model, tasks):
+    """Raise UserError for arrays that would fail after hours of training, or give a wrong AA."""
+    num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
+    if len(tasks) > num_tasks:
+        raise UserError(f"{len(tasks)} tasks, but the model was made for {num_tasks}")
+    for k, task in enumerate(tasks, start=1):
+        arrays = [torch.as_tensor(array) for array in task[:4]]
+        for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
+            side = images.shape[-1]
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
+                raise UserError(
+                    f"{part}_images of task {k} must be uint8 of shape (N, 3, S, S), "
+                    f"not {images.dtype} of shape {tuple(images.shape)}"
+                )
+            if labels.shape != images.shape[:1] or len(labels) == 0 or labels.is_floating_point():
+                raise UserError(
+                    f"{part}_labels of task {k} must be {len(images) or 'some'} integers, "
+                    f"one per image, not {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if labels.min() < 0 or labels.max() >= classes:
+                found = f"{labels.min()} to {labels.max()}"
+                raise UserError(
+                    f"{part}_labels of task {k} must be 0 to {classes - 1}, not {found}"
+                )
+        unseen = set(arrays[3].tolist()) - set(arrays[1].tolist())
+        if unseen:
+            raise UserError(f"task {k} tests class {min(unseen)}, which has no training image")
 
 
 def learn(
@@ -504,22 +540,28 @@ def learn(
 ):
     """The protocol: learn `tasks`, a list of Task, one after the other. Returns R.
 
-    `model` is a PAH or another module with begin_task, losses and forward like it. Muon trains
-    its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses are
-    scaled. Where it has them, after_step(task, images, labels) is called after each step with the
-    batch before augmentation, and end_task(task, images, labels) after each task with all of its
-    images. `R` holds the rows of tasks learned before; after_task(R, class_incremental, seconds)
+    Call it once with all tasks: `learn(model, [task])` for each of them would start at task 0 each
+    time. `model` is a PAH or another module with begin_task, losses and forward like it. Muon
+    trains its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses
+    are scaled. Where it has them, after_step(task, images, labels) is called after each step with
+    the batch before augmentation, and end_task(task, images, labels) after each task with all of
+    its images.
+
+    `R` holds the rows of tasks that were learned before; after_task(R, class_incremental, seconds)
     is called after each task. `seed` seeds torch's generators before each task. The model is left
-    in eval mode.
+    in eval mode. Raises UserError for arrays that cannot be right.
     """
+    check_tasks(model, tasks)
+    if WORLD > 1 and not dist.is_initialized():
+        raise UserError(f"{WORLD} processes without a process group: call pah.set_up(device) first")
     device = next(model.parameters()).device
     dtype = getattr(model, "dtype", torch.float32)
-    live = sys.stdout.isatty()
+    interval = 2 if sys.stdout.isatty() else 30  # seconds between two lines of progress
     if compile:
         model.backbone.compile()
     R = list(R)
     for k in range(len(R), len(tasks)):
-        start = time.perf_counter()
+        start = printed = time.perf_counter()
         torch.manual_seed(1_000_003 * (seed + 1) + k)  # so that a resumed run is the same run
         images = torch.as_tensor(tasks[k].train_images).to(device)
         labels = torch.as_tensor(tasks[k].train_labels).to(device).long()
@@ -531,27 +573,29 @@ def learn(
             if compile:
                 teacher.backbone.compile()
         model.begin_task(k, images, labels)
+        losses = model.losses
+        if WORLD > 1:  # starts from the weights of process 0, and averages gradients
+            losses = DistributedDataParallel(Losses(model), find_unused_parameters=True)
 
         # each task has new optimizers and one cycle of their learning rates
         model.train()
-        batch = min(batch_size, len(images)) // WORLD * WORLD
-        steps = len(images) // batch  # per epoch; the rest of its random order is dropped
+        size = min(batch_size, len(images)) // WORLD * WORLD
+        steps = len(images) // size  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
         schedules = [one_cycle(optimizer, epochs * steps) for optimizer in optimizers]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         done, todo = 0, epochs * sum(len(task.train_labels) for task in tasks[k:])  # images
         for epoch in range(epochs):
-            order = torch.randperm(len(images), device=device)[: steps * batch].view(steps, batch)
-            for step, rows in enumerate(order, start=1):
+            where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"
+            order = torch.randperm(len(images), device=device)[: steps * size].view(steps, size)
+            for rows in order:
                 x, y = images[rows], labels[rows]
                 if augmentation is not None:
                     x = augmentation(x)
                 # under torchrun each process takes its share of the same batch
-                terms = model.losses(normalise(x[RANK::WORLD]), y[RANK::WORLD], k, teacher)
+                terms = losses(normalise(x[RANK::WORLD]), y[RANK::WORLD], k, teacher)
                 scaler.scale(sum(terms.values())).backward()
-                if WORLD > 1:
-                    average_gradients(model)
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     scaler.step(optimizer)
                     schedule.step()
@@ -559,21 +603,20 @@ def learn(
                 model.zero_grad()
                 if hasattr(model, "after_step"):
                     model.after_step(k, images[rows], y)
-                done += batch
-                if RANK == 0 and (step == steps or (live and step % 25 == 0)):
-                    where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"
-                    print_progress(where, terms, done, todo, time.perf_counter() - start)
+                done += size
+                if RANK == 0 and time.perf_counter() - printed > interval:
+                    printed = time.perf_counter()
+                    print_progress(where, terms, done, todo, printed - start)
             # one sum, so that a GPU is waited for once; NaN and infinity survive it
             if not sum(value.sum() for value in model.state_dict().values()).isfinite():
-                where = f"epoch {epoch + 1} of task {k + 1}"
                 raise UserError(f"NaN weights in {where}: try a lower --lr, or --precision fp32")
 
         if hasattr(model, "end_task"):
             model.end_task(k, images, labels)
-        if WORLD > 1:  # running statistics differ; those of process 0 are saved
+        if WORLD > 1:  # since the last step BatchNorm's statistics differ on CPUs
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        row, class_incremental = evaluate(model, tasks[: k + 1])
+        row, class_incremental = evaluate(model, tasks[: k + 1], 4 * batch_size)
         R.append(row)
         if after_task is not None:
             after_task(R, class_incremental, time.perf_counter() - start)
@@ -592,10 +635,6 @@ def print_progress(where, terms, done, todo, seconds):
 # -----------------------------------------------------------------------------
 # Data
 
-# uint8 images (N, 3, S, S) and labels (N,) from 0, of one task or of a whole data set
-Task = namedtuple(
-    "Task", "train_images train_labels test_images test_labels classes", defaults=[()]
-)
 PUBLISHED = {  # side in pixels, unpacked folder, name in torchvision
     "cifar10": (32, "cifar-10-batches-py", "CIFAR10"),
     "cifar100": (32, "cifar-100-python", "CIFAR100"),
@@ -605,18 +644,6 @@ PUBLISHED = {  # side in pixels, unpacked folder, name in torchvision
 }
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yield a temporary path that becomes `path` at the end, so that it is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_dataset(name, root="data", image_size=None):
@@ -631,24 +658,22 @@ def load_dataset(name, root="data", image_size=None):
     if name not in PUBLISHED:
         return read_folder(Path(name), image_size or 64)
     root = Path(root)
-    size, folder, _ = PUBLISHED[name]
-    size = image_size or size
+    side, unpacked, _ = PUBLISHED[name]
+    size = image_size or side
     cache = root / f"pah-{name}-{size}px.pt"
     if cache.exists():
-        return Task(*torch.load(cache, weights_only=True, mmap=True))
-    home = root if (root / folder).exists() else root / "pah-downloads"
+        return Task(*load_file(cache, mmap=True))
+    source = root if (root / unpacked).exists() else root / "pah-downloads"
     read = read_tinyimagenet if name == "tinyimagenet" else read_torchvision
-    try:
-        data = read(name, home, size, download=home != root)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot read {name} ({error}): without a network put its unpacked folder {folder} "
-            f"into {root}, or use --dataset synthetic"
-        ) from error
+    with user_error(
+        f"cannot read {name}: without a network put its unpacked folder {unpacked} into {root}, "
+        "or use --dataset synthetic"
+    ):
+        data = read(name, source, size, download=source != root)
     try:
         with whole_file(cache) as temporary:
             torch.save(list(data), temporary)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+    except UserError as error:
         print(f"continuing without a cache: {error}", file=sys.stderr)
     return data
 
@@ -681,10 +706,7 @@ def read_torchvision(name, root, size, download):
         images = torch.as_tensor(split.data)
         if images.ndim == 3:  # grey: three equal channels
             images = images[..., None].expand(-1, -1, -1, 3)
-        images = images.permute(0, 3, 1, 2)
-        if images.shape[-1] != size:
-            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-            images = images.round().byte()
+        images = torchvision.transforms.functional.resize(images.permute(0, 3, 1, 2), [size, size])
         tensors += [images, torch.as_tensor(split.targets)]
     return Task(*tensors, split.classes)
 
@@ -717,21 +739,17 @@ def read_tinyimagenet(name, root, size, download):
 
 def read_folder(folder, size):
     """Any images: train/ and val/ (or test/), with one sub-folder per class in each."""
-    if not (folder / "train").is_dir():
-        raise UserError(
-            f"no data set {folder}: there are synthetic, {', '.join(PUBLISHED)}, and folders with "
-            "train/ and val/ (or test/), one sub-folder per class in each"
-        )
     from torchvision.datasets import ImageFolder
 
     test_folder = folder / "val" if (folder / "val").is_dir() else folder / "test"
-    try:
+    with user_error(
+        f"no data set {folder}: there are synthetic, {', '.join(PUBLISHED)}, and folders with "
+        "train/ and val/ (or test/), one sub-folder per class in each"
+    ):
         train, test = ImageFolder(folder / "train"), ImageFolder(test_folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}") from error
     if train.classes != test.classes:
-        differing = set(train.classes) ^ set(test.classes)
-        raise UserError(f"{test_folder} has other classes than train/: {sorted(differing)[:5]}")
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"{test_folder} has other classes than train/: {differing[:5]}")
     return Task(
         read_images([path for path, _ in train.samples], size),
         torch.tensor(train.targets),
@@ -742,19 +760,23 @@ def read_folder(folder, size):
 
 
 def read_images(paths, size):
-    """Image files -> one tensor (N, 3, size, size), the central square of each."""
+    """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
+
+    Photos are turned as their EXIF data says. Raises UserError, with the path, for what is no image
+    and for more than 8 bits per channel, which Pillow would clip.
+    """
+    from PIL import Image, ImageOps
     from torchvision import transforms as T
-    from torchvision.datasets.folder import default_loader
 
     resize = T.Resize(size, T.InterpolationMode.BICUBIC)
     transform = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(i):
-        try:
-            images[i] = transform(default_loader(paths[i]))
-        except OSError as error:
-            raise UserError(f"{paths[i]} is not a readable image ({error})") from error
+        with user_error(f"cannot read the image {paths[i]}"), Image.open(paths[i]) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{paths[i]} has more than 8 bits per channel: convert it first")
+            images[i] = transform(ImageOps.exif_transpose(image).convert("RGB"))
 
     print(f"reading {len(paths):,} images in {os.path.commonpath(paths)}", file=sys.stderr)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
@@ -772,7 +794,7 @@ def hold_out(data, fraction):
     images, labels = data.train_images, data.train_labels
     generator = torch.Generator().manual_seed(0)
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for c in range(len(data.classes)):
+    for c in labels.unique():
         rows = torch.nonzero(labels == c).flatten()
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         held[shuffled[: max(1, round(fraction * len(rows)))]] = True
@@ -783,36 +805,109 @@ def split_tasks(data, tasks=10, order=None):
     """Cut a data set into a list of Task, with labels from 0 in each.
 
     `tasks` is their number (equally large; the first gets the remainder) or a list of classes per
-    task. `order` lists the numbers of the classes; None: by label. Raises UserError.
+    task. `order` lists the numbers of the classes; None: by label. Raises UserError for tasks that
+    cannot be made, and for labels that are not from 0 to the number of classes - 1.
     """
-    n = len(data.classes)
+    data = Task(*map(torch.as_tensor, data[:4]), data.classes)
+    labels = torch.cat([data.train_labels, data.test_labels])
+    n = len(data.classes) or int(labels.max()) + 1
+    classes = data.classes or [str(c) for c in range(n)]
+    if labels.min() < 0 or labels.max() >= n:
+        found = f"{labels.min()} to {labels.max()}"
+        raise UserError(f"the labels of {n} classes must be 0 to {n - 1}, not {found}")
     sizes = tasks
     if isinstance(tasks, int):
         each = n // max(1, tasks)
         sizes = [n - each * (tasks - 1)] + [each] * (tasks - 1)
     if sum(sizes) != n or min(sizes) < 2:
         raise UserError(
-            f"--tasks {tasks}: {n} classes cannot be split like that; a task needs two or more"
+            f"--tasks {tasks}: {n} classes cannot be split this way; a task needs two or more"
         )
-    if order is None:
-        order = range(n)
-    if sorted(order) != list(range(n)):
-        raise UserError(f"the class order must name each of the {n} classes exactly once")
+    order = list(order or range(n))
+    for c in range(n):
+        if order.count(c) != 1:
+            raise UserError(f"the class order has {classes[c]} {order.count(c)} times, not once")
     split = []
-    for members in torch.tensor(list(order)).split(sizes):
+    for members in torch.tensor(order).split(sizes):
         train = select(data.train_images, data.train_labels, members)
         test = select(data.test_images, data.test_labels, members)
-        split.append(Task(*train, *test, [data.classes[c] for c in members]))
+        split.append(Task(*train, *test, [classes[c] for c in members]))
     return split
 
 
 def select(images, labels, members):
     """The images of the classes `members` (C,), class after class, and their labels from 0."""
     rows = torch.cat([torch.nonzero(labels == c).flatten() for c in members])
-    labels = (labels[rows, None] == members).nonzero()[:, 1]
-    if torch.equal(rows, torch.arange(len(rows)) + rows[0]):  # no copy of a large data set
-        rows = slice(rows[0], rows[-1] + 1)
-    return images[rows], labels
+    return images[rows], (labels[rows, None] == members).nonzero()[:, 1]
+
+
+def load_tasks(args, seed, data=None):
+    """The tasks that the options describe; `data`, if given, is what load_dataset returned."""
+    data = data or load_dataset(args.dataset, args.data, args.image_size)
+    if args.val_fraction:
+        data = hold_out(data, args.val_fraction)
+    order = None
+    if args.shuffle_classes:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(data.classes), generator=generator).tolist()
+    if args.class_order:
+        order = read_order(args.class_order, data.classes)
+    return split_tasks(data, args.tasks, order)
+
+
+def read_order(path, classes):
+    """A file with one class per line, names or numbers -> their numbers."""
+    numbers = {str(c): c for c in range(len(classes))} | {name: c for c, name in enumerate(classes)}
+    with user_error(f"cannot read --class-order {path}"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if name not in numbers:
+            raise UserError(f"--class-order {path}: there is no class {name}")
+    return [numbers[name] for name in names]
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a temporary path that becomes `path` at the end, so that it is never half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
+    try:
+        with user_error(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path, **options):
+    """What torch.save wrote to `path`. Raises UserError if it cannot be read."""
+    with user_error(f"cannot read {path}; if it is damaged, move it away"):
+        return torch.load(path, weights_only=True, **options)
+
+
+def save(out, results, model):
+    """Write checkpoint.pt, results.json and prototypes.png to the folder `out`.
+
+    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
+    """
+    if RANK > 0:
+        return
+    with whole_file(out / "checkpoint.pt") as path:
+        torch.save({"results": results, "model": model.state_dict()}, path)
+    with whole_file(out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if isinstance(model, PAH):
+        from torchvision.utils import save_image
+
+        images = model.prototypes.detach().cpu() * STD + MEAN
+        images = F.interpolate(images.flatten(0, 1), scale_factor=4)
+        with whole_file(out / "prototypes.png") as path:  # a row per task
+            save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
 
 
 # -----------------------------------------------------------------------------
@@ -827,21 +922,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAY_DIFFER = {"out", "data", "seeds", "resume", "device", "compile", "stop_after"}  # at --resume
 
 
-def load_tasks(args, seed):
-    """The tasks that the options describe."""
-    data = load_dataset(args.dataset, args.data, args.image_size)
-    if args.val_fraction:
-        data = hold_out(data, args.val_fraction)
-    order = range(len(data.classes))
-    if args.shuffle_classes:
-        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
-    if args.class_order:
-        numbers = {str(c): c for c in order} | {name: c for c, name in enumerate(data.classes)}
-        lines = [line.strip() for line in Path(args.class_order).read_text().splitlines()]
-        order = [numbers.get(line, -1) for line in lines if line]
-    return split_tasks(data, args.tasks, order)
-
-
 def make_backbone(args):
     """Our ResNet-18, or torchvision's for --stem 7x7."""
     if args.stem == "3x3":
@@ -853,14 +933,9 @@ def make_backbone(args):
     return backbone.to(memory_format=torch.channels_last)
 
 
-def build(args, num_tasks, classes, kind=None):
-    """The PAH, or the given class derived from it, that the options describe."""
-    if kind is None:
-        kind = Rehearsal if args.rehearsal else PAH
-    more = {}
-    if issubclass(kind, Rehearsal):
-        more["augmentation"] = AUGMENTATIONS[args.augment]
-    return kind(
+def build(args, num_tasks, classes, method=PAH):
+    """The PAH, or a class derived from it, that the options describe."""
+    return method(
         make_backbone(args),
         num_tasks,
         classes,
@@ -871,50 +946,63 @@ def build(args, num_tasks, classes, kind=None):
         mu=args.mu,
         temperature=args.temperature,
         dtype=DTYPES[args.precision],
-        **more,
     )
 
 
 def load_checkpoint(path, device="cpu"):
     """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved = load_file(path, map_location=device)
     defaults = vars(make_parser().parse_args([]))  # of options that are newer than the run
     args = argparse.Namespace(**defaults | saved["results"]["args"] | {"pretrained": False})
     model = build(args, *saved["model"]["present"].shape)
-    model.load_state_dict(saved["model"])
+    with user_error(f"{path} is not a run of PAH"):
+        model.load_state_dict(saved["model"])
     return model.to(device).eval()
 
 
-def run(args, seed, model, tasks, skipped=0, make_optimizers=make_optimizers):
+def training_options(args):
+    """The options of the command line that `learn` takes."""
+    return {
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "hyper_lr": args.hyper_lr,
+        "proto_lr": args.proto_lr,
+        "weight_decay": args.weight_decay,
+        "augmentation": AUGMENTATIONS[args.augment],
+        "compile": args.compile,
+    }
+
+
+def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
     """Learn `tasks` with a checkpoint and results.json in OUT/seed<S> after each of them.
 
-    The first `skipped` tasks are only evaluated. Returns what results.json holds.
+    `R` has the rows that a fresh run starts from. Returns what results.json holds.
     """
-    folder = Path(args.out) / f"seed{seed}"
-    num_tasks = args.stop_after or len(tasks)
-    if not 1 <= num_tasks <= len(tasks):
-        raise UserError(f"--stop-after {num_tasks}: there are only {len(tasks)} tasks")
-    class_order = [list(task.classes) for task in tasks]
-    results = {"accuracy": [], "class_incremental": [], "seconds": 0.0}
-    if (folder / "checkpoint.pt").exists():
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    out = Path(args.out) / f"seed{seed}"
+    num_tasks = len(tasks[: args.stop_after])
+    identity = {"args": vars(args), "class_order": [list(task.classes) for task in tasks]}
+    results = {"accuracy": list(R), "class_incremental": [], "seconds": 0.0}
+    if (out / "checkpoint.pt").exists():
+        saved = load_file(out / "checkpoint.pt", map_location="cpu")
         results = saved["results"]
-        check_same_run(folder, results, args, class_order)
+        check_same_run(out, results, identity, args.resume)
         model.load_state_dict(saved["model"])
-        save(folder, results, model)  # in case it was killed before results.json was written
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} has files but no checkpoint.pt: choose another --out")
+        save(out, results, model)  # in case it was killed before results.json was written
+    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} has files but no checkpoint.pt: choose another --out")
+    with user_error(f"cannot write to {out}: choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     if RANK == 0:
-        print(f"{num_tasks} tasks, {args.device}, {args.precision}: {folder}")
+        print(f"{num_tasks} tasks, {args.device}, {args.precision}: {out}")
 
     def after_task(R, class_incremental, seconds):
-        results.update(args=vars(args), seed=seed, class_order=class_order, accuracy=R[skipped:])
         results["class_incremental"].append(class_incremental)
         results["seconds"] += seconds
-        results["complete"] = len(R) == num_tasks
-        results.update(metrics(results["accuracy"]))
-        results.update(machine(model))
-        save(folder, results, model)
+        results.update(identity, seed=seed, accuracy=R, complete=len(R) == num_tasks)
+        results.update(metrics(R) | machine(model))
+        save(out, results, model)
         if RANK == 0:
             row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
             spent = timedelta(seconds=round(results["seconds"]))
@@ -924,73 +1012,48 @@ def run(args, seed, model, tasks, skipped=0, make_optimizers=make_optimizers):
     learn(
         model,
         tasks[:num_tasks],
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        hyper_lr=args.hyper_lr,
-        proto_lr=args.proto_lr,
-        weight_decay=args.weight_decay,
-        augmentation=AUGMENTATIONS[args.augment],
+        **training_options(args),
         make_optimizers=make_optimizers,
-        compile=args.compile,
         seed=seed,
-        R=[[]] * skipped + results["accuracy"],
+        R=results["accuracy"],
         after_task=after_task,
     )
     return results
 
 
-def check_same_run(folder, results, args, class_order):
-    """Raises UserError unless `args` may continue the run that left `results`."""
-    there, here = results["args"], vars(args)
+def check_same_run(out, results, identity, resume):
+    """Raise UserError unless the run that left `results` in `out` may be continued."""
+    old, new, unset = results["args"], identity["args"], "not an option"
     differing = [
-        f"--{name.replace('_', '-')} {there.get(name)} there, {here[name]} here"
-        for name in here
-        if name not in MAY_DIFFER and there.get(name) != here[name]
+        f"--{name.replace('_', '-')} was {old.get(name, unset)}, is {new.get(name, unset)}"
+        for name in old | new
+        if name not in MAY_DIFFER and old.get(name, unset) != new.get(name, unset)
     ]
-    if results["class_order"] != class_order:
-        differing.append("a different class order")
+    if results["class_order"] != identity["class_order"]:
+        differing.append("another class order")
     if differing:
-        differing = ", ".join(differing)
+        differing = "; ".join(differing)
         raise UserError(
-            f"{folder} holds a different run ({differing}): use its options, or another --out"
+            f"{out} holds a different run ({differing}): use its options, or another --out"
         )
-    if not args.resume:
-        raise UserError(f"{folder} already holds this run: add --resume, or choose another --out")
-
-
-def metrics(R):
-    """AA, and for tasks learned one after the other FM, BWT and LA."""
-    if len(R) < len(R[-1]):
-        return {"AA": average_accuracy(R), "FM": None, "BWT": None, "LA": None}
-    learned = [row[-1] for row in R]
-    return {
-        "AA": average_accuracy(R),
-        "FM": forgetting(R),
-        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),  # Lopez-Paz and Ranzato 2017
-        "LA": sum(learned) / len(R),  # accuracy on a task just after it was learned
-    }
+    if not resume:
+        raise UserError(f"{out} already holds this run: add --resume, or choose another --out")
 
 
 def machine(model):
     """What the model ran on, and its number of parameters."""
-    sizes = {}
+    sizes = Counter()
     for name, p in model.named_parameters():
-        part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + p.numel()
-    device, memory = f"cpu {torch.get_num_threads()}", None
-    if next(model.parameters()).is_cuda:
-        device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-    described = {
-        "parameters": sizes,
+        sizes[name.split(".")[0]] += p.numel()
+    cuda = next(model.parameters()).is_cuda
+    return {
+        "parameters": dict(sizes),
+        "stored": getattr(model, "stored", dict)(),  # of a method that says so
         "processes": WORLD,
-        "device": device,
-        "peak_memory_bytes": memory,
+        "device": torch.cuda.get_device_name() if cuda else f"cpu {torch.get_num_threads()}",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)},
     }
-    if hasattr(model, "stored"):
-        described["stored"] = model.stored()
-    return described
 
 
 def describe(results):
@@ -1005,50 +1068,32 @@ def describe(results):
     return "  ".join(words)
 
 
-def save(folder, results, model):
-    """Write checkpoint.pt, results.json and prototypes.png.
-
-    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
-    """
-    if RANK > 0:
-        return
-    with whole_file(folder / "checkpoint.pt") as path:
-        torch.save({"results": results, "model": model.state_dict()}, path)
-    with whole_file(folder / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    if isinstance(model, PAH):
-        from torchvision.utils import save_image
-
-        images = model.prototypes.detach().cpu() * STD + MEAN
-        images = F.interpolate(images.flatten(0, 1), scale_factor=4)
-        with whole_file(folder / "prototypes.png") as path:  # a row per task
-            save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
-
-
 def make_parser():
-    """All options. Those that differ from the default name the output folder."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """All options; non-default ones go into the name of the output folder."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     # data
     add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
     add("--data", default="data", help="folder of downloads and caches")
     add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
     add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
-    add("--shuffle-classes", action="store_true", help="class order by seed, not by label")
-    add("--class-order", help="file with one class per line, names or numbers")
+    order = parser.add_mutually_exclusive_group().add_argument
+    order("--shuffle-classes", action="store_true", help="class order by seed, not by label")
+    order("--class-order", help="file with one class per line, names or numbers")
     add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
     add("--stop-after", type=int, help="learn only the first tasks, this many")
     # method
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
-    add("--rehearsal", action="store_true", help="prototypes join the batch (not in the paper)")
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
     add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
     add("--hidden", type=int, default=64, help="width of the hypernetwork")
     add("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7 for large images")
     add("--width", type=int, default=64, help="of the backbone; D is 8 times this")
-    add("--pretrained", action="store_true", help="ImageNet weights; needs --stem 7x7")
+    add("--pretrained", action="store_true", help="ImageNet weights, which need --stem 7x7")
     # training
     add("--epochs", type=int, default=30, help="per task")
     add("--batch-size", type=int, default=64, help="of all processes together")
@@ -1059,7 +1104,12 @@ def make_parser():
     add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="of the training images")
     add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     # machine
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="CUDA_VISIBLE_DEVICES picks a GPU",
+    )
     add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the backbone")
     add("--out", help="output folder; if None, runs/ and a name made of the options")
@@ -1071,8 +1121,7 @@ def parse_args(argv=None, parser=None):
     parser = parser or make_parser()
     args = parser.parse_args(argv)
     check_options(args, parser)
-    named = args.dataset == "synthetic" or args.dataset in PUBLISHED
-    if not named and Path(args.dataset).is_dir():
+    if args.dataset not in ("synthetic", *PUBLISHED) and Path(args.dataset).is_dir():
         args.dataset = str(Path(args.dataset).resolve())
     args.out = args.out or default_out(args, parser)
     args.precision = args.precision or default_precision(args.device)
@@ -1082,13 +1131,16 @@ def parse_args(argv=None, parser=None):
 
 
 def check_options(args, parser):
-    """Exit with a message if options contradict each other."""
+    """Exit with a message if options cannot work, or contradict each other."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
+    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     if args.stem == "7x7" and args.width != 64:
         parser.error("--stem 7x7 is torchvision's ResNet-18, of --width 64")
     if args.stem != "7x7" and args.pretrained:
         parser.error("--pretrained needs --stem 7x7")
-    if args.class_order and args.shuffle_classes:
-        parser.error("--class-order and --shuffle-classes cannot be combined")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val-fraction must be at least 0 and below 1")
 
@@ -1128,9 +1180,10 @@ def set_up(device):
 def main(argv=None):
     args = parse_args(argv)
     set_up(args.device)
+    data = load_dataset(args.dataset, args.data, args.image_size)
     results = []
     for seed in args.seeds:
-        tasks = load_tasks(args, seed)
+        tasks = load_tasks(args, seed, data)
         torch.manual_seed(seed)
         model = build(args, len(tasks), max(len(task.classes) for task in tasks)).to(args.device)
         if WORLD > 1 and args.device == "cuda":

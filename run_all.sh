@@ -46,8 +46,7 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
   for size in 5 16 20 30; do run pah.py "$@" --proto-size $size; done
   run pah.py "$@" --proto-init random
   run pah.py "$@" --proto-init random --mu 0
-  run pah.py "$@" --rehearsal
-  for method in thumbnails ewc si agem der derfresh derpp gcr pnn hn2 hn3; do
+  for method in rehearsal thumbnails ewc si agem der derfresh derpp gcr pnn hn2 hn3; do
     run examples/baselines.py $method "$@"
   done
 }
@@ -60,8 +59,9 @@ all() { # WORKER: its number, or plan
     benchmark --dataset cifar100
     variants --dataset cifar100
     benchmark --dataset cifar100 --tasks 50
-    run pah.py --dataset cifar100 --tasks 50 --rehearsal
-    run examples/baselines.py thumbnails --dataset cifar100 --tasks 50
+    for method in rehearsal thumbnails; do
+      run examples/baselines.py $method --dataset cifar100 --tasks 50
+    done
     benchmark --dataset tinyimagenet
     benchmark --dataset tinyimagenet --tasks 20
   fi

@@ -11,14 +11,12 @@ images, as assets/notebook.md says.
 import copy
 import math
 import sys
-from pathlib import Path
 
+import extensions
 import torch
 import torch.nn.functional as F
+from extensions import pah
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pah
 
 FISHER_IMAGES = 500  # of each task
 
@@ -55,7 +53,7 @@ class MultiHead(nn.Module):
         self.strength = args.strength
         self.num_classes = sum(len(task.classes) for task in tasks)
         dim = dim or pah.feature_dim(self.backbone, tasks[0].train_images.shape[-1])
-        shape = (len(tasks), max(len(task.classes) for task in tasks))
+        shape = self.limits = (len(tasks), max(len(task.classes) for task in tasks))
         self.stored_heads = nn.Parameter(torch.empty(*shape, dim).uniform_(-1, 1) / math.sqrt(dim))
         self.register_buffer("present", torch.zeros(shape, dtype=torch.bool))
 
@@ -77,19 +75,33 @@ class MultiHead(nn.Module):
     def stored(self):
         """What is there after all tasks: numbers, and images of a memory."""
         others = [b.numel() for b in self.buffers(recurse=False) if b.is_floating_point()]
-        images = int(self.memory.filled) if hasattr(self, "memory") else 0
+        images = self.memory.filled if hasattr(self, "memory") else 0
         weights = sum(p.numel() for p in self.parameters())
         return {"weights": weights, "other numbers": sum(others), "images": images}
 
 
-class PAH(pah.PAH):
-    """PAH as in pah.py, for --optimizer."""
+class OfPAH:
+    """What the command line needs to know of classes derived from PAH."""
 
     strength = None
     defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
-    flags += ("hidden", "hyper_lr", "proto_lr", "rehearsal")
+    flags += ("hidden", "hyper_lr", "proto_lr")
     stored = MultiHead.stored
+
+
+class PAH(OfPAH, pah.PAH):
+    """PAH as in pah.py, for --optimizer."""
+
+
+class Rehearsal(OfPAH, extensions.Rehearsal):
+    """PAH with prototypes in the batch (ours)."""
+
+
+class Thumbnails(OfPAH, extensions.Thumbnails):
+    """Rehearsal with stored heads and fixed thumbnails (ours)."""
+
+    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
 
 
 class LwF(MultiHead):
@@ -110,33 +122,14 @@ class LwF(MultiHead):
         return terms
 
 
-class Thumbnails(pah.Rehearsal):
-    """Rehearsal without a hypernetwork: heads are stored, and prototypes stay what they began as,
-    a thumbnail of one training image per class."""
+class Joint(OfPAH, pah.PAH):
+    """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
 
-    strength = None
-    defaults = {}
-    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
-    stored = MultiHead.stored
+    flags = ("stem", "pretrained", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
 
     def __init__(self, backbone, num_tasks, classes, **options):
         super().__init__(backbone, num_tasks, classes, **options)
-        dim = self.hypernetwork.shape[1]
-        shape = (num_tasks, classes, dim)
-        self.stored_heads = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(dim))
-        self.prototypes.requires_grad_(False)
-        del self.hypernetwork
-
-    def heads(self, n):
-        return self.stored_heads[:n]
-
-
-class Joint(pah.PAH):
-    """All tasks at once, the upper bound. Labels are task * C + class: see `joined`."""
-
-    strength = None
-    defaults = {}
-    flags = ("stem", "pretrained", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
+        self.limits = num_tasks, num_tasks * classes
 
     def begin_task(self, task, images, labels):
         classes = self.present.shape[1]
@@ -245,8 +238,14 @@ class Memory(nn.Module):
         self.register_buffer("weights", torch.ones(size))
         for name in ("tasks", "labels"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.long))
-        for name in ("filled", "seen"):
-            self.register_buffer(name, torch.tensor(0))
+        self.filled, self.seen = 0, 0  # on the CPU, as a GPU would have to be waited for
+
+    def get_extra_state(self):
+        """For checkpoints."""
+        return torch.tensor([self.filled, self.seen])
+
+    def set_extra_state(self, state):
+        self.filled, self.seen = state.tolist()
 
     def put(self, rows, **what):
         for name, values in what.items():
@@ -254,19 +253,19 @@ class Memory(nn.Module):
 
     def draw(self, n):
         """n random rows, without repetition; fewer where there are not so many."""
-        return torch.randperm(int(self.filled), device=self.labels.device)[:n]
+        return torch.randperm(self.filled, device=self.labels.device)[:n]
 
     def offer(self, images, labels, logits, task):
         """Reservoir sampling (Vitter 1985): all images ever offered are equally likely to stay."""
-        device = images.device
-        count = int(self.seen) + 1 + torch.arange(len(images), device=device)
-        slots = (torch.rand(len(count), device=device) * count).long()
+        count = self.seen + 1 + torch.arange(len(images))
+        slots = (torch.rand(len(count)) * count).long()
         slots = torch.where(count <= len(self.images), count - 1, slots)
         taken = {slot: i for i, slot in enumerate(slots.tolist()) if slot < len(self.images)}
-        rows, new = list(taken), list(taken.values())
+        chosen = torch.tensor([list(taken), list(taken.values())], dtype=torch.long)
+        rows, new = chosen.to(images.device, non_blocking=True)
         self.put(rows, images=images[new], labels=labels[new], logits=logits[new], tasks=task)
         self.seen += len(images)
-        self.filled.fill_(min(int(self.seen), len(self.images)))
+        self.filled = min(self.seen, len(self.images))
 
 
 class Replay(MultiHead):
@@ -330,8 +329,7 @@ class AGEM(Replay):
         for c in labels.unique().tolist():
             chosen = torch.nonzero(labels == c).flatten()
             chosen = chosen[torch.randperm(len(chosen)).to(chosen.device)][:per_class]
-            filled = int(self.memory.filled)
-            rows = slice(filled, filled + len(chosen))
+            rows = slice(self.memory.filled, self.memory.filled + len(chosen))
             self.memory.put(rows, images=images[chosen], labels=c, tasks=task)
             self.memory.filled += len(chosen)
 
@@ -441,7 +439,7 @@ class GCR(Replay):
         names = ("images", "labels", "logits", "weights", "tasks")
         for name, parts in zip(names, zip(*kept, strict=True), strict=True):
             memory.put(slice(sum(map(len, parts))), **{name: torch.cat(parts)})
-        memory.filled.fill_(sum(len(labels) for _, labels, *_ in kept))
+        memory.filled = sum(len(labels) for _, labels, *_ in kept)
 
     def head_gradients(self, task, images, labels, stored):
         """Of each image's loss for the head of its task: (N, C * D)."""
@@ -648,6 +646,7 @@ METHODS = {
     "pah": PAH,
     "finetune": MultiHead,
     "lwf": LwF,
+    "rehearsal": Rehearsal,
     "thumbnails": Thumbnails,
     "joint": Joint,
     "ewc": EWC,
@@ -662,8 +661,8 @@ METHODS = {
     "hn3": HN3,
 }
 # the options that not all methods know
-NOT_ALL = ("lam", "mu", "temperature", "rehearsal", "proto_size", "proto_init", "hidden")
-NOT_ALL += ("hyper_lr", "proto_lr", "stem", "pretrained", "buffer_size")
+NOT_ALL = ("lam", "mu", "temperature", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
+NOT_ALL += ("stem", "pretrained", "buffer_size")
 
 
 def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
@@ -677,7 +676,9 @@ def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
         {"params": parts["hypernetwork"], "lr": hyper_lr},
         {"params": parts["prototypes"], "lr": proto_lr, "weight_decay": 0},
     ]
-    optimizers = [torch.optim.SGD(parts["others"], lr, 0.9, weight_decay=weight_decay)]
+    optimizers = []
+    if parts["others"]:
+        optimizers.append(torch.optim.SGD(parts["others"], lr, 0.9, weight_decay=weight_decay))
     if parts["hypernetwork"] or parts["prototypes"]:
         optimizers.append(torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True))
     return optimizers
@@ -689,6 +690,7 @@ SGD_DEFAULTS = {"lr": 0.03, "weight_decay": 5e-4}
 
 def make_parser():
     parser = pah.make_parser()
+    parser.usage = "%(prog)s METHOD [options]"
     add = parser.add_argument
     add("method", choices=METHODS)
     add("--strength", type=float, help="None: the method's own")
@@ -716,31 +718,32 @@ def parse_args(argv=None):
     for name in unknown:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
-    if pah.WORLD > 1:
-        parser.error("only pah.py itself runs with several processes")
+    if pah.WORLD > 1 and args.method not in ("pah", "rehearsal"):
+        parser.error("only pah and rehearsal run with several processes")
     return args
 
 
 def build(args, tasks):
-    method = pah.Rehearsal if args.rehearsal else METHODS[args.method]
-    if issubclass(method, pah.PAH):
-        return pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
-    return method(args, tasks)
+    method = METHODS[args.method]
+    if not issubclass(method, pah.PAH):
+        return method(args, tasks)
+    model = pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
+    model.augmentation = pah.AUGMENTATIONS[args.augment]  # of rehearsal
+    return model
 
 
 def main(argv=None):
     args = parse_args(argv)
     pah.set_up(args.device)
+    data = pah.load_dataset(args.dataset, args.data, args.image_size)
     results = []
     for seed in args.seeds:
-        tasks = pah.load_tasks(args, seed)
+        tasks, R = pah.load_tasks(args, seed, data), []
         torch.manual_seed(seed)
         model = build(args, tasks).to(args.device)
-        skipped = 0
         if args.method == "joint":
-            tasks, skipped = joined(tasks), len(tasks) - 1
-        make_optimizers = OPTIMIZERS[args.optimizer]
-        results.append(pah.run(args, seed, model, tasks, skipped, make_optimizers))
+            tasks, R = joined(tasks), [[]] * (len(tasks) - 1)
+        results.append(pah.run(args, seed, model, tasks, OPTIMIZERS[args.optimizer], R))
     print(pah.describe(results))
 
 

@@ -22,10 +22,10 @@ WARM_UP, STEPS = 5, 20
 
 def time_step(model, tasks, k, args):
     """Seconds per step of task k, counted from 0; the clock is read after two of the steps."""
-    batch = min(args.batch_size, len(tasks[k].train_images))
+    batch_size = min(args.batch_size, len(tasks[k].train_images))
     short = []
     for i, task in enumerate(tasks[: k + 1]):
-        rows = torch.randperm(len(task.train_images))[:batch].repeat(STEPS)
+        rows = torch.randperm(len(task.train_images))[:batch_size].repeat(STEPS)
         images, labels = task.train_images[rows], task.train_labels[rows]
         short.append(pah.Task(images, labels, task.test_images[:1], task.test_labels[:1]))
         if i < k:
@@ -45,11 +45,10 @@ def time_step(model, tasks, k, args):
 
     model.after_step = tick
     with contextlib.redirect_stdout(io.StringIO()):
-        rates = {"lr": args.lr, "hyper_lr": args.hyper_lr, "proto_lr": args.proto_lr}
-        augmentation = pah.AUGMENTATIONS[args.augment]
-        options = {"batch_size": batch, "augmentation": augmentation, "compile": args.compile}
-        options["make_optimizers"] = baselines.OPTIMIZERS[getattr(args, "optimizer", "muon")]
-        pah.learn(model, short, epochs=1, R=[[0.0]] * k, **rates, **options)
+        options = pah.training_options(args) | {"epochs": 1, "batch_size": batch_size}
+        optimizer = getattr(args, "optimizer", "muon")
+        options["make_optimizers"] = baselines.OPTIMIZERS[optimizer]
+        pah.learn(model, short, R=[[0.0]] * k, **options)
     return (times[1] - times[0]) / (STEPS - WARM_UP)
 
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import baselines
-import torch
 from baselines import pah
 
-UNNAMED = {"out", "data", "seeds", "resume", "device", "compile", "precision"}
-UNNAMED |= {"dataset", "tasks", "method"}  # named apart
+# options that do not name a setting: those that change no number, and those named apart
+UNNAMED = pah.MAY_DIFFER - {"stop_after"} | {"dataset", "tasks", "method", "precision"}
 COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
 COLOURS = ["#1450b4", "#d1495b", "#2a9d8f", "#8d6cab", "#e09f3e", "#555555"]
 
@@ -44,42 +43,33 @@ PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 """.strip().splitlines()
 
 
-def today(args):
-    """The options of a run of an earlier version (until 7388ffa) as they are named today."""
-    args = dict(args)
-    if args.get("sp_updates") == "all":
-        raise ValueError("--sp-updates all is gone")
-    if args.get("joint"):
-        args["method"] = "joint"
-    if args.get("head") == "stored" and "method" not in args:
-        args["method"] = "lwf"
-    if args.get("head") == "vector":
-        args["proto_init"], args["mu"] = "random", 0.0
-    if args.get("strength") == 0:
-        args["strength"] = None
-    return args
-
-
 def setting(args):
-    """(data set and number of tasks, method and options that are not the default)."""
+    """(data set and number of tasks, method and options that are not the default).
+
+    Options of other versions count, too, so that no two different runs become one setting.
+    """
     parser = baselines.make_parser()
-    args = today(args)
     words = [args["method"]] if "method" in args else []
-    for name in vars(parser.parse_args(["lwf"])):
+    for name in vars(parser.parse_args(["lwf"])) | args:
         default = parser.get_default(name)
-        if name not in UNNAMED and args.get(name, default) != default:
-            words += [f"--{name.replace('_', '-')}", str(args[name])]
+        value = args.get(name, default)
+        if name not in UNNAMED and value != default and value is not False:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     words = [word for word in words if word != "True"]
     return f"{args['dataset']}, {args['tasks']} tasks", " ".join(words) or "PAH"
 
 
+def check(result):
+    """Raise ValueError unless all accuracies are numbers."""
+    if not all(math.isfinite(accuracy) for row in result["accuracy"] for accuracy in row):
+        raise ValueError("its accuracies are not all numbers")
+
+
 def numbers(result):
-    """AA, FM, LA, class-incremental accuracy, seconds and BWT; NaN where a run has none."""
-    R = result["accuracy"]
-    AA, FM, BWT, LA = (math.nan if value is None else value for value in pah.metrics(R).values())
-    if not (result["complete"] and math.isfinite(AA)):
-        raise ValueError("not finished")
-    return AA, FM, LA, result["class_incremental"][-1], result["seconds"], BWT
+    """The columns of numbers, by name; NaN where a run has none."""
+    values = pah.metrics(result["accuracy"])
+    values |= {"class-inc.": result["class_incremental"][-1], "time": result["seconds"]}
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def find_results(folders):
@@ -97,17 +87,20 @@ def find_results(folders):
 
 
 def collect(folders):
-    """{data set: {(setting, precision): {seed: numbers}}}"""
+    """{data set: {(setting, precision): {seed: what results.json holds}}} of all finished runs."""
     groups = {}
     for path in find_results(folders):
         try:
             result = json.loads(path.read_text())
-            row = numbers(result)
+            check(result)
+            numbers(result)
+            if not result["complete"]:
+                raise ValueError("not finished")
             group, name = setting(result["args"])
             seeds = groups.setdefault(group, {}).setdefault((name, result["args"]["precision"]), {})
             if result["seed"] in seeds:
                 raise ValueError("this seed of this setting is counted already")
-            seeds[result["seed"]] = row
+            seeds[result["seed"]] = result
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"left out: {path} ({type(error).__name__}: {error})", file=sys.stderr)
     return groups
@@ -130,10 +123,12 @@ def table(group, settings):
                 if AA != "-":
                     rows.append([f"{cells[0]} (reported)", AA, FM, *6 * ["-"]])
     for (name, precision), seeds in settings.items():
-        AA, FM, LA, class_inc, seconds, BWT = zip(*seeds.values(), strict=True)
-        cells = [mean_and_deviation(values) for values in (AA, FM, LA, class_inc)]
-        cells += [" ".join(map(str, seeds)), str(timedelta(seconds=round(mean(seconds))))]
-        rows.append([name, *cells, mean_and_deviation(BWT), precision])
+        runs = [numbers(result) for result in seeds.values()]
+        columns = {name: [run[name] for run in runs] for name in runs[0]}
+        cells = [mean_and_deviation(columns[name]) for name in ("AA", "FM", "LA", "class-inc.")]
+        seconds = timedelta(seconds=round(mean(columns["time"])))
+        cells += [" ".join(map(str, seeds)), str(seconds), mean_and_deviation(columns["BWT"])]
+        rows.append([name, *cells, precision])
     return rows
 
 
@@ -194,27 +189,24 @@ def draw_accuracy(result, path):
         picture.save(temporary, format="PNG")
 
 
-def draw_curves(paths, path):
+def draw_curves(groups, path):
     """AA after each task, mean over the seeds, a line per setting."""
     from PIL import Image, ImageDraw
 
-    groups, curves = set(), {}
-    for file in paths:
-        result = json.loads(file.read_text())
-        group, name = setting(result["args"])
-        AA = [mean(row) for row in result["accuracy"]]
-        if result["complete"] and len(AA) == len(result["accuracy"][-1]):  # not joint
-            groups.add(group)
-            curves.setdefault(name, []).append(AA)
     if len(groups) != 1:
         sys.exit(f"report.py: curves show one data set, but {len(groups)} were found")
-    shared = set.intersection(*(set(name.split()) for name in curves))
-    means = {
-        name: [mean(values) for values in zip(*seeds, strict=True)]
-        for name, seeds in curves.items()
-    }
+    ((group, settings),) = groups.items()
+    means = {}
+    for (name, precision), seeds in settings.items():
+        if pah.metrics(next(iter(seeds.values()))["accuracy"])["FM"] is not None:  # not joint
+            curves = [[mean(row) for row in result["accuracy"]] for result in seeds.values()]
+            words = (*name.split(), precision)
+            means[words] = [mean(values) for values in zip(*curves, strict=True)]
+    if not means:
+        sys.exit("report.py: curves need tasks learned one after the other")
+    shared = set.intersection(*map(set, means))
     num_tasks = max(map(len, means.values()))
-    lowest = min(map(min, means.values())) // 10 * 10
+    lowest = min(90, min(map(min, means.values())) // 10 * 10)
     left, right, top, bottom = 80, 1180, 60, 620
 
     def place(k, accuracy):
@@ -223,7 +215,7 @@ def draw_curves(paths, path):
 
     picture = Image.new("RGB", (right + 20, bottom + 80), "white")
     canvas = ImageDraw.Draw(picture)
-    canvas.text((8, 8), f"average accuracy in %, {groups.pop()}", "black", font_size=28)
+    canvas.text((8, 8), f"average accuracy in %, {group}", "black", font_size=28)
     for accuracy in range(int(lowest), 101, 10):
         canvas.line([place(0, accuracy), place(num_tasks - 1, accuracy)], "lightgrey")
         y = place(0, accuracy)[1]
@@ -233,10 +225,10 @@ def draw_curves(paths, path):
         x = place(number - 1, lowest)[0]
         canvas.text((x, bottom + 10), str(number), "black", font_size=26, anchor="mt")
     canvas.text((right, bottom + 44), "tasks learned", "black", font_size=26, anchor="rt")
-    for i, (name, curve) in enumerate(means.items()):
+    for i, (words, curve) in enumerate(means.items()):
         colour = COLOURS[i % len(COLOURS)]
         canvas.line([place(k, accuracy) for k, accuracy in enumerate(curve)], colour, width=4)
-        label = " ".join(word for word in name.split() if word not in shared) or "PAH"
+        label = " ".join(word for word in words if word not in shared) or "PAH"
         y = bottom - 34 * (len(means) - i)
         canvas.line([(left + 12, y), (left + 52, y)], colour, width=6)
         canvas.text((left + 64, y), label, "black", font_size=26, anchor="lm")
@@ -264,9 +256,11 @@ def draw_prototypes(folder, path):
     from torchvision.transforms.functional import to_pil_image
 
     checkpoint = folder / "checkpoint.pt"
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["results"]
-    last = pah.load_checkpoint(checkpoint).prototypes.detach()[: len(saved["accuracy"])]
+    saved = pah.load_file(checkpoint, map_location="cpu")["results"]
     args = argparse.Namespace(**saved["args"])
+    if vars(args).get("method", "pah") not in ("pah", "rehearsal"):
+        raise pah.UserError(f"{folder} is a run of {args.method}, not of PAH")
+    last = pah.load_checkpoint(checkpoint).prototypes.detach()[: len(saved["accuracy"])]
     first = first_prototypes(args, saved["seed"])
     cell, left, top, gap = 64, 56, 136, 32
     num_tasks, classes = last.shape[:2]
@@ -301,14 +295,16 @@ def main(argv=None):
     parser.add_argument("--curves", help="instead: draw AA after each task, a line per setting")
     args = parser.parse_args(argv)
     if args.curves:
-        draw_curves(find_results(args.folders), args.curves)
+        draw_curves(collect(args.folders), args.curves)
         return
     if args.picture or args.prototypes:
         paths = list(find_results(args.folders))
         if len(paths) != 1:
             sys.exit(f"report.py: a picture shows one run, but {len(paths)} were found")
         if args.picture:
-            draw_accuracy(json.loads(paths[0].read_text()), args.picture)
+            result = json.loads(paths[0].read_text())
+            check(result)
+            draw_accuracy(result, args.picture)
         if args.prototypes:
             draw_prototypes(paths[0].parent, args.prototypes)
         return
@@ -322,4 +318,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # where the terminal has no ±
-    main()
+    try:
+        main()
+    except ValueError as error:  # also pah.UserError
+        sys.exit(f"report.py: {error}")

@@ -111,7 +111,7 @@ def test_joint_training_is_tested_on_each_task(tmp_path):
     flags = "joint --dataset synthetic --tasks 5 --width 4 --epochs 1 --precision fp32 --device cpu"
     baselines.main([*flags.split(), "--out", str(tmp_path)])
     r = json.loads((tmp_path / "seed0/results.json").read_text())
-    assert [len(row) for row in r["accuracy"]] == [5]
+    assert [len(row) for row in r["accuracy"]] == [0, 0, 0, 0, 5]
     assert min(r["accuracy"][-1]) > 40
     assert r["FM"] is None  # there is nothing to forget
     assert r["complete"]
@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_same_run(method, tmp_path):
     "flags",
     [
         *("ewc --lam 0.5", "pnn --strength 2", "si --proto-size 5", "hn2 --stem 7x7"),
-        *("lwf --buffer-size 20", "lwf --rehearsal", "joint --rehearsal"),
+        *("lwf --buffer-size 20", "joint --mu 0.5"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused(flags, capsys):
@@ -171,16 +171,33 @@ def test_the_buffer_size_is_an_option(method):
 
 def test_the_run_of_another_method_is_refused(tmp_path):
     run("finetune", tmp_path, "--epochs", 1, "--stop-after", 1)
-    with pytest.raises(pah.UserError, match="--method finetune there, si here"):
+    with pytest.raises(pah.UserError, match="--method was finetune, is si"):
         run("si", tmp_path, "--epochs", 1, "--resume")
     with pytest.raises(pah.UserError, match="already holds this run"):
         run("finetune", tmp_path, "--epochs", 1)
 
 
-def test_pah_refuses_the_run_of_a_method(tmp_path):
-    run("finetune", tmp_path, "--epochs", 1, "--stop-after", 1)
-    with pytest.raises(pah.UserError, match="holds a different run"):
-        pah.main([*RUN, "--epochs", "3", "--resume", "--out", str(tmp_path)])
+@pytest.mark.parametrize("method", ["lwf", "joint", "pah --optimizer sgd"])
+def test_pah_refuses_the_run_of_a_method(method, tmp_path):
+    flags = [*RUN[:-6], "--epochs", "1", *RUN[-4:], "--out", str(tmp_path)]
+    baselines.main([*method.split(), *flags])
+    with pytest.raises(pah.UserError, match=f"--method was {method[:3]}.*, is not an option"):
+        pah.main([*flags, "--resume"])
+
+
+def test_a_run_of_pah_is_refused_by_a_method(tmp_path):
+    flags = [*RUN, "--epochs", "1", "--out", str(tmp_path)]
+    pah.main([*flags, "--stop-after", "1"])
+    with pytest.raises(pah.UserError, match="--method was not an option, is pah"):
+        baselines.main(["pah", *flags, "--resume"])
+
+
+def test_joint_training_is_not_lost_to_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("mine")
+    monkeypatch.setattr(pah, "learn", None)
+    flags = ["joint", "--dataset", "synthetic", "--tasks", "5", "--width", "4", "--device", "cpu"]
+    with pytest.raises(pah.UserError, match="cannot write to .*/out/seed0"):
+        baselines.main([*flags, "--out", str(tmp_path / "out")])
 
 
 # -----------------------------------------------------------------------------
@@ -351,7 +368,7 @@ def test_terms_of_stored_images(method, beta):
     wanted, weights = torch.randn(8, 2), torch.arange(8.0)
     rows = {"images": images, "labels": labels, "logits": wanted, "tasks": 1, "weights": weights}
     memory.put(slice(8), **rows)
-    memory.filled.fill_(8)
+    memory.filled = 8
     share = weights / 28 if method == "gcr" else torch.full((8,), 1 / 8)
     logits = model(x, 2)[:, 1]  # the head of their own task, not of the present one
     expected = F.cross_entropy(model(x, 1)[:, 0], labels)
@@ -372,6 +389,30 @@ def test_the_reservoir_holds_images_of_all_times_as_they_came():
     assert torch.equal(memory.images[:, 0, 0, 0].long(), memory.labels % 256)
     assert len(memory.labels.unique()) == 200
     assert 400 < memory.labels.float().mean() < 600
+
+
+def test_counters_of_a_memory_are_in_its_checkpoint_and_not_on_the_gpu():
+    memory = made("der")[0].memory
+    memory.filled, memory.seen = 5, 7
+    other = made("der")[0].memory
+    other.load_state_dict(memory.state_dict())
+    assert (other.filled, other.seen) == (5, 7)
+    assert type(other.filled) is type(other.seen) is int
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", ["der", "derpp", "gcr"])
+def test_a_step_with_stored_images_does_not_wait_for_the_gpu(method):
+    model, images, labels = made(method)
+    model, images, labels = model.cuda(), images.cuda(), labels.cuda()
+    for mode in ("default", "error"):  # the first step may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            total(model, pah.normalise(images), labels, 0).backward()
+            if method != "gcr":
+                model.after_step(0, images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_der_stores_plain_images_with_the_logits_of_what_it_saw():
@@ -453,7 +494,7 @@ def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
     model, images, labels = made("gcr")
     model.end_task(0, images, labels)
     memory = model.memory
-    rows = slice(int(memory.filled))
+    rows = slice(memory.filled)
     memory.put(rows, weights=torch.rand(8) + 0.5, logits=torch.randn(8, 2))
     old = [column[rows].clone() for column in (memory.images, memory.labels, memory.logits)]
     old_weights = memory.weights[rows].clone()
@@ -583,13 +624,18 @@ def test_sgd_moves_what_muon_would_and_hypernetworks_keep_adamw():
     assert len(baselines.make_sgd(made("lwf")[0], 0.1, 0, 0, 0, torch.float32)) == 1
 
 
-def test_pah_has_rehearsal_as_in_pah_py(tmp_path):
-    flags = ["--rehearsal", "--epochs", 1, "--stop-after", 2]
-    run("pah", tmp_path / "here", *flags)
-    pah.main([*RUN, "--out", str(tmp_path / "there"), *map(str, flags)])
-    here, there = weights(tmp_path / "here"), weights(tmp_path / "there")
-    for name in there:
-        assert torch.equal(here[name], there[name]), name
+def test_sgd_trains_a_hypernetwork_behind_a_frozen_backbone(tmp_path):
+    """In task 2 nothing is left for SGD."""
+    assert run("hn2", tmp_path, "--epochs", 1, "--optimizer", "sgd")["complete"]
+
+
+def test_pah_is_pah(tmp_path):
+    flags = ["--epochs", 1, "--stop-after", 2]
+    run("pah", tmp_path / "method", *flags)
+    pah.main([*RUN, "--out", str(tmp_path / "pah"), *map(str, flags)])
+    method, file = weights(tmp_path / "method"), weights(tmp_path / "pah")
+    for name in file:
+        assert torch.equal(method[name], file[name]), name
 
 
 def test_a_run_with_sgd_is_another_run(tmp_path):
