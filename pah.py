@@ -12,7 +12,8 @@
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
 images, the prototypes of its classes. Three losses keep old tasks working without old data.
 The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
-optimizers, training. The second half is the experiment: data, files, one run, the command line.
+optimizers, training. The second half is the experiment: files, data, command line, one run. Read it
+from top to bottom: functions use what stands above them.
 """
 
 import argparse
@@ -131,6 +132,21 @@ class Hypernetwork(nn.Module):
         return self.layers(embedding).unflatten(-1, self.shape)
 
 
+@torch.no_grad()
+def feature_dim(backbone, size):
+    """D of a backbone, found by passing one grey image of the prototypes' size, as L_sp will."""
+    device = next(backbone.parameters(), torch.empty(0)).device
+    backbone = copy.deepcopy(backbone).eval()  # fails now if `learn` could not make a teacher
+    with user_error(
+        f"the backbone cannot take prototypes of {size}x{size} pixels: "
+        "give PAH a larger proto_size, for example the size of the images"
+    ):
+        features = backbone(torch.zeros(1, 3, size, size, device=device))
+    if features.ndim != 2:
+        raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
+    return features.shape[1]
+
+
 class PAH(nn.Module):
     """A backbone, a hypernetwork and the prototypes of all K tasks (K, C, 3, s, s).
 
@@ -163,7 +179,7 @@ class PAH(nn.Module):
         self.hypernetwork = Hypernetwork(classes * 3 * proto_size**2, classes, dim, hidden)
         self.lam, self.mu, self.temperature = lam, mu, temperature
         self.proto_init = proto_init
-        self.limits = num_tasks, classes  # of what `learn` accepts
+        self.limits = num_tasks, classes  # `learn` refuses more
 
     def train(self, mode=True):
         super().train(mode)
@@ -227,37 +243,6 @@ class PAH(nn.Module):
         return terms
 
 
-@torch.no_grad()
-def feature_dim(backbone, size):
-    """D of a backbone, found by passing one grey image of the prototypes' size, as L_sp will."""
-    device = next(backbone.parameters(), torch.empty(0)).device
-    backbone = copy.deepcopy(backbone).eval()  # fails now if `learn` could not make a teacher
-    with user_error(
-        f"the backbone cannot take prototypes of {size}x{size} pixels: "
-        "give PAH a larger proto_size, for example the size of the images"
-    ):
-        features = backbone(torch.zeros(1, 3, size, size, device=device))
-    if features.ndim != 2:
-        raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
-    return features.shape[1]
-
-
-@contextlib.contextmanager
-def in_eval_mode(model, frozen=()):
-    """Eval mode, without gradients for the parameters `frozen`; afterwards all is as it was."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        for p in frozen:
-            p.requires_grad_(False)
-        yield
-    finally:  # also after Ctrl-C
-        for p in frozen:
-            p.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
-
-
 # -----------------------------------------------------------------------------
 # Losses
 
@@ -277,6 +262,22 @@ def soft_loss_main(logits, teacher, images, temperature=2.0):
     with torch.no_grad():
         old = teacher(images, logits.shape[1])
     return distillation(logits, old, temperature).mean(0).sum()
+
+
+@contextlib.contextmanager
+def in_eval_mode(model, frozen=()):
+    """Eval mode, without gradients for the parameters `frozen`; afterwards all is as it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for p in frozen:
+            p.requires_grad_(False)
+        yield
+    finally:  # also after Ctrl-C
+        for p in frozen:
+            p.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def soft_loss_prototypes(model, teacher, task):
@@ -475,6 +476,35 @@ def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.flo
 # Training
 
 
+def check_tasks(model, tasks):
+    """Raise UserError for arrays that would fail after hours of training, or give a wrong AA."""
+    num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
+    if len(tasks) > num_tasks:
+        raise UserError(f"{len(tasks)} tasks, but the model was made for {num_tasks}")
+    for k, task in enumerate(tasks, start=1):
+        arrays = [torch.as_tensor(array) for array in task[:4]]
+        for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
+            side = images.shape[-1]
+            if images.dtype != torch.uint8 or images.shape != (len(images) or 1, 3, side, side):
+                raise UserError(
+                    f"{part}_images of task {k} must be uint8 of shape (N, 3, S, S) with N > 0, "
+                    f"not {images.dtype} of shape {tuple(images.shape)}"
+                )
+            if labels.shape != (len(images),) or labels.is_floating_point():
+                raise UserError(
+                    f"{part}_labels of task {k} must be {len(images)} integers, one per image, "
+                    f"not {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if labels.min() < 0 or labels.max() >= classes:
+                raise UserError(
+                    f"{part}_labels of task {k} must be 0 to {classes - 1}, "
+                    f"not {labels.min()} to {labels.max()}"
+                )
+        unseen = set(arrays[3].tolist()) - set(arrays[1].tolist())
+        if unseen:
+            raise UserError(f"task {k} tests class {min(unseen)}, which has no training image")
+
+
 def one_cycle(optimizer, steps):
     """Each learning rate rises to what it is now, and falls to almost nothing."""
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -492,33 +522,12 @@ class Losses(nn.Module):
         return self.model.losses(*batch)
 
 
-def check_tasks(model, tasks):
-    """Raise UserError for arrays that would fail after hours of training, or give a wrong AA."""
-    num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
-    if len(tasks) > num_tasks:
-        raise UserError(f"{len(tasks)} tasks, but the model was made for {num_tasks}")
-    for k, task in enumerate(tasks, start=1):
-        arrays = [torch.as_tensor(array) for array in task[:4]]
-        for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
-            side = images.shape[-1]
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, side, side):
-                raise UserError(
-                    f"{part}_images of task {k} must be uint8 of shape (N, 3, S, S), "
-                    f"not {images.dtype} of shape {tuple(images.shape)}"
-                )
-            if labels.shape != images.shape[:1] or len(labels) == 0 or labels.is_floating_point():
-                raise UserError(
-                    f"{part}_labels of task {k} must be {len(images) or 'some'} integers, "
-                    f"one per image, not {labels.dtype} of shape {tuple(labels.shape)}"
-                )
-            if labels.min() < 0 or labels.max() >= classes:
-                found = f"{labels.min()} to {labels.max()}"
-                raise UserError(
-                    f"{part}_labels of task {k} must be 0 to {classes - 1}, not {found}"
-                )
-        unseen = set(arrays[3].tolist()) - set(arrays[1].tolist())
-        if unseen:
-            raise UserError(f"task {k} tests class {min(unseen)}, which has no training image")
+def print_progress(where, terms, done, todo, seconds):
+    """One line of 79 columns, rewritten in place on a terminal; `done` and `todo` count images."""
+    losses = " ".join(f"{name} {loss.item():.3f}" for name, loss in terms.items())
+    left = timedelta(seconds=round(seconds * (todo / done - 1)))
+    line = f"{where}  {losses}  {done / seconds:,.0f} img/s  {left} left"
+    print(f"{line:79.79}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
 
 def learn(
@@ -545,7 +554,7 @@ def learn(
     trains its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses
     are scaled. Where it has them, after_step(task, images, labels) is called after each step with
     the batch before augmentation, and end_task(task, images, labels) after each task with all of
-    its images.
+    its images; `limits` are the most tasks and classes per task.
 
     `R` holds the rows of tasks that were learned before; after_task(R, class_incremental, seconds)
     is called after each task. `seed` seeds torch's generators before each task. The model is left
@@ -579,8 +588,8 @@ def learn(
 
         # each task has new optimizers and one cycle of their learning rates
         model.train()
-        size = min(batch_size, len(images)) // WORLD * WORLD
-        steps = len(images) // size  # per epoch; the rest of its random order is dropped
+        per_step = min(batch_size, len(images)) // WORLD * WORLD
+        steps = len(images) // per_step  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
         schedules = [one_cycle(optimizer, epochs * steps) for optimizer in optimizers]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -588,12 +597,12 @@ def learn(
         done, todo = 0, epochs * sum(len(task.train_labels) for task in tasks[k:])  # images
         for epoch in range(epochs):
             where = f"task {k + 1}/{len(tasks)} epoch {epoch + 1}/{epochs}"
-            order = torch.randperm(len(images), device=device)[: steps * size].view(steps, size)
-            for rows in order:
+            order = torch.randperm(len(images), device=device)[: steps * per_step]
+            for rows in order.split(per_step):
                 x, y = images[rows], labels[rows]
                 if augmentation is not None:
                     x = augmentation(x)
-                # under torchrun each process takes its share of the same batch
+                # under torchrun each process takes its part of the same batch
                 terms = losses(normalise(x[RANK::WORLD]), y[RANK::WORLD], k, teacher)
                 scaler.scale(sum(terms.values())).backward()
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -603,7 +612,7 @@ def learn(
                 model.zero_grad()
                 if hasattr(model, "after_step"):
                     model.after_step(k, images[rows], y)
-                done += size
+                done += per_step
                 if RANK == 0 and time.perf_counter() - printed > interval:
                     printed = time.perf_counter()
                     print_progress(where, terms, done, todo, printed - start)
@@ -624,12 +633,47 @@ def learn(
     return R
 
 
-def print_progress(where, terms, done, todo, seconds):
-    """One line of 79 columns, rewritten in place on a terminal; `done` and `todo` count images."""
-    losses = " ".join(f"{name} {loss.item():.3f}" for name, loss in terms.items())
-    left = timedelta(seconds=round(seconds * (todo / done - 1)))
-    line = f"{where}  {losses}  {done / seconds:,.0f} img/s  {left} left"
-    print(f"{line:79.79}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+# -----------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a temporary path that becomes `path` at the end, so that it is never half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
+    try:
+        with user_error(f"cannot write {path}; is the disk full?"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path, **options):
+    """What torch.save wrote to `path`. Raises UserError if it cannot be read."""
+    with user_error(f"cannot read {path}; if it is damaged, move it away"):
+        return torch.load(path, weights_only=True, **options)
+
+
+def save(out, results, model):
+    """Write checkpoint.pt, results.json and prototypes.png to the folder `out`.
+
+    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
+    """
+    if RANK > 0:
+        return
+    with whole_file(out / "checkpoint.pt") as path:
+        torch.save({"results": results, "model": model.state_dict()}, path)
+    with whole_file(out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if isinstance(model, PAH):
+        from torchvision.utils import save_image
+
+        images = model.prototypes.detach().cpu() * STD + MEAN
+        images = F.interpolate(images.flatten(0, 1), scale_factor=4)
+        with whole_file(out / "prototypes.png") as path:  # a row per task
+            save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
 
 
 # -----------------------------------------------------------------------------
@@ -644,38 +688,6 @@ PUBLISHED = {  # side in pixels, unpacked folder, name in torchvision
 }
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-
-
-def load_dataset(name, root="data", image_size=None):
-    """A whole data set as one Task, with the names of its classes.
-
-    `name` is synthetic, one of PUBLISHED, or a folder with train/ and val/ (or test/) and one
-    sub-folder per class in each. Published ones come from `root`, or from the network, and are
-    cached there. `image_size` None means their own size, 64 for folders. Raises UserError.
-    """
-    if name == "synthetic":
-        return synthetic(image_size or 16)
-    if name not in PUBLISHED:
-        return read_folder(Path(name), image_size or 64)
-    root = Path(root)
-    side, unpacked, _ = PUBLISHED[name]
-    size = image_size or side
-    cache = root / f"pah-{name}-{size}px.pt"
-    if cache.exists():
-        return Task(*load_file(cache, mmap=True))
-    source = root if (root / unpacked).exists() else root / "pah-downloads"
-    read = read_tinyimagenet if name == "tinyimagenet" else read_torchvision
-    with user_error(
-        f"cannot read {name}: without a network put its unpacked folder {unpacked} into {root}, "
-        "or use --dataset synthetic"
-    ):
-        data = read(name, source, size, download=source != root)
-    try:
-        with whole_file(cache) as temporary:
-            torch.save(list(data), temporary)
-    except UserError as error:
-        print(f"continuing without a cache: {error}", file=sys.stderr)
-    return data
 
 
 def synthetic(size=16):
@@ -709,6 +721,33 @@ def read_torchvision(name, root, size, download):
         images = torchvision.transforms.functional.resize(images.permute(0, 3, 1, 2), [size, size])
         tensors += [images, torch.as_tensor(split.targets)]
     return Task(*tensors, split.classes)
+
+
+def read_images(paths, size):
+    """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
+
+    Photos are turned as their EXIF data says. Raises UserError, with the path, for what is no image
+    and for more than 8 bits per channel, which Pillow would clip.
+    """
+    from PIL import Image, ImageOps
+    from torchvision import transforms as T
+
+    resize = T.Resize(size, T.InterpolationMode.BICUBIC)
+    transform = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+
+    def read(i):
+        with user_error(f"cannot read the image {paths[i]}"), Image.open(paths[i]) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{paths[i]} has more than 8 bits per channel: convert it first")
+            images[i] = transform(ImageOps.exif_transpose(image).convert("RGB"))
+
+    print(f"reading {len(paths):,} images in {os.path.commonpath(paths)}", file=sys.stderr)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        for i, _ in enumerate(pool.map(read, range(len(paths))), start=1):
+            if i % 10_000 == 0:
+                print(f"{i:,} of {len(paths):,} images", file=sys.stderr)
+    return images
 
 
 def read_tinyimagenet(name, root, size, download):
@@ -759,31 +798,36 @@ def read_folder(folder, size):
     )
 
 
-def read_images(paths, size):
-    """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
+def load_dataset(name, root="data", image_size=None):
+    """A whole data set as one Task, with the names of its classes.
 
-    Photos are turned as their EXIF data says. Raises UserError, with the path, for what is no image
-    and for more than 8 bits per channel, which Pillow would clip.
+    `name` is synthetic, one of PUBLISHED, or a folder with train/ and val/ (or test/) and one
+    sub-folder per class in each. Published ones come from `root`, or from the network, and are
+    cached there. `image_size` None means their own size, 64 for folders. Raises UserError.
     """
-    from PIL import Image, ImageOps
-    from torchvision import transforms as T
-
-    resize = T.Resize(size, T.InterpolationMode.BICUBIC)
-    transform = T.Compose([resize, T.CenterCrop(size), T.PILToTensor()])
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-
-    def read(i):
-        with user_error(f"cannot read the image {paths[i]}"), Image.open(paths[i]) as image:
-            if image.mode[0] in "IF":
-                raise UserError(f"{paths[i]} has more than 8 bits per channel: convert it first")
-            images[i] = transform(ImageOps.exif_transpose(image).convert("RGB"))
-
-    print(f"reading {len(paths):,} images in {os.path.commonpath(paths)}", file=sys.stderr)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
-        for i, _ in enumerate(pool.map(read, range(len(paths))), start=1):
-            if i % 10_000 == 0:
-                print(f"{i:,} of {len(paths):,} images", file=sys.stderr)
-    return images
+    if name == "synthetic":
+        return synthetic(image_size or 16)
+    if name not in PUBLISHED:
+        return read_folder(Path(name), image_size or 64)
+    root = Path(root)
+    side, unpacked, _ = PUBLISHED[name]
+    size = image_size or side
+    cache = root / f"pah-{name}-{size}px.pt"
+    if cache.exists():
+        return Task(*load_file(cache, mmap=True))
+    source = root if (root / unpacked).exists() else root / "pah-downloads"
+    read = read_tinyimagenet if name == "tinyimagenet" else read_torchvision
+    with user_error(
+        f"cannot read {name}: without a network put its unpacked folder {unpacked} into {root}, "
+        "or use --dataset synthetic"
+    ):
+        data = read(name, source, size, download=source != root)
+    try:
+        with whole_file(cache) as temporary:
+            torch.save(list(data), temporary)
+    except UserError as error:
+        print(f"continuing without a cache: {error}", file=sys.stderr)
+    return data
 
 
 def hold_out(data, fraction):
@@ -801,6 +845,12 @@ def hold_out(data, fraction):
     return Task(images[~held], labels[~held], images[held], labels[held], data.classes)
 
 
+def select(images, labels, members):
+    """The images of the classes `members` (C,), class after class, and their labels from 0."""
+    rows = torch.cat([torch.nonzero(labels == c).flatten() for c in members])
+    return images[rows], (labels[rows, None] == members).nonzero()[:, 1]
+
+
 def split_tasks(data, tasks=10, order=None):
     """Cut a data set into a list of Task, with labels from 0 in each.
 
@@ -811,7 +861,7 @@ def split_tasks(data, tasks=10, order=None):
     data = Task(*map(torch.as_tensor, data[:4]), data.classes)
     labels = torch.cat([data.train_labels, data.test_labels])
     n = len(data.classes) or int(labels.max()) + 1
-    classes = data.classes or [str(c) for c in range(n)]
+    classes = list(data.classes) or [str(c) for c in range(n)]
     if labels.min() < 0 or labels.max() >= n:
         found = f"{labels.min()} to {labels.max()}"
         raise UserError(f"the labels of {n} classes must be 0 to {n - 1}, not {found}")
@@ -823,7 +873,7 @@ def split_tasks(data, tasks=10, order=None):
         raise UserError(
             f"--tasks {tasks}: {n} classes cannot be split this way; a task needs two or more"
         )
-    order = list(order or range(n))
+    order = list(range(n) if order is None else order)
     for c in range(n):
         if order.count(c) != 1:
             raise UserError(f"the class order has {classes[c]} {order.count(c)} times, not once")
@@ -835,10 +885,16 @@ def split_tasks(data, tasks=10, order=None):
     return split
 
 
-def select(images, labels, members):
-    """The images of the classes `members` (C,), class after class, and their labels from 0."""
-    rows = torch.cat([torch.nonzero(labels == c).flatten() for c in members])
-    return images[rows], (labels[rows, None] == members).nonzero()[:, 1]
+def read_order(path, classes):
+    """A file with one class per line, names or numbers -> their numbers."""
+    numbers = {str(c): c for c in range(len(classes))} | {name: c for c, name in enumerate(classes)}
+    with user_error(f"cannot read --class-order {path}"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    for name in names:
+        if name not in numbers:
+            raise UserError(f"--class-order {path}: there is no class {name}")
+    return [numbers[name] for name in names]
 
 
 def load_tasks(args, seed, data=None):
@@ -855,63 +911,8 @@ def load_tasks(args, seed, data=None):
     return split_tasks(data, args.tasks, order)
 
 
-def read_order(path, classes):
-    """A file with one class per line, names or numbers -> their numbers."""
-    numbers = {str(c): c for c in range(len(classes))} | {name: c for c, name in enumerate(classes)}
-    with user_error(f"cannot read --class-order {path}"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if name not in numbers:
-            raise UserError(f"--class-order {path}: there is no class {name}")
-    return [numbers[name] for name in names]
-
-
 # -----------------------------------------------------------------------------
-# Files
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Yield a temporary path that becomes `path` at the end, so that it is never half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.pah-writes")
-    try:
-        with user_error(f"cannot write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(path, **options):
-    """What torch.save wrote to `path`. Raises UserError if it cannot be read."""
-    with user_error(f"cannot read {path}; if it is damaged, move it away"):
-        return torch.load(path, weights_only=True, **options)
-
-
-def save(out, results, model):
-    """Write checkpoint.pt, results.json and prototypes.png to the folder `out`.
-
-    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
-    """
-    if RANK > 0:
-        return
-    with whole_file(out / "checkpoint.pt") as path:
-        torch.save({"results": results, "model": model.state_dict()}, path)
-    with whole_file(out / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    if isinstance(model, PAH):
-        from torchvision.utils import save_image
-
-        images = model.prototypes.detach().cpu() * STD + MEAN
-        images = F.interpolate(images.flatten(0, 1), scale_factor=4)
-        with whole_file(out / "prototypes.png") as path:  # a row per task
-            save_image(images, path, "PNG", nrow=model.prototypes.shape[1], pad_value=1)
-
-
-# -----------------------------------------------------------------------------
-# The experiment
+# Command line
 
 AUGMENTATIONS = {
     "crop-flip": augment,
@@ -922,9 +923,107 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAY_DIFFER = {"out", "data", "seeds", "resume", "device", "compile", "stop_after"}  # at --resume
 
 
+def make_parser():
+    """All options; non-default ones go into the name of the output folder."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    # data
+    add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
+    add("--data", default="data", help="folder of downloads and caches")
+    add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
+    add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
+    order = parser.add_mutually_exclusive_group().add_argument
+    order("--shuffle-classes", action="store_true", help="class order by seed, not by label")
+    order("--class-order", help="file with one class per line, names or numbers")
+    add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
+    add("--stop-after", type=int, help="learn only the first tasks, this many")
+    # method
+    add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
+    add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
+    add("--temperature", type=float, default=2.0, help="of both distillations")
+    add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
+    add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
+    add("--hidden", type=int, default=64, help="width of the hypernetwork")
+    add("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7 for large images")
+    add("--width", type=int, default=64, help="of the backbone; D is 8 times this")
+    add("--pretrained", action="store_true", help="ImageNet weights, with their 7x7 stem")
+    # training
+    add("--epochs", type=int, default=30, help="per task")
+    add("--batch-size", type=int, default=64, help="of all processes together")
+    add("--lr", type=float, default=0.02, help="of the backbone")
+    add("--hyper-lr", type=float, default=1e-4, help="of the hypernetwork")
+    add("--proto-lr", type=float, default=2e-4, help="of the prototypes")
+    add("--weight-decay", type=float, default=0.005, help="of filters and hypernetwork")
+    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="of the training images")
+    add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
+    # machine
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="CUDA_VISIBLE_DEVICES picks a GPU",
+    )
+    add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile the backbone")
+    add("--out", help="output folder; if None, runs/ and a name made of the options")
+    add("--resume", action="store_true", help="continue after the last finished task")
+    return parser
+
+
+def check_options(args, parser):
+    """Exit with a message if options cannot work, or contradict each other."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
+    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
+    if (args.stem == "7x7" or args.pretrained) and args.width != 64:
+        parser.error("--stem 7x7 and --pretrained are torchvision's ResNet-18, of --width 64")
+    if not 0 <= args.val_fraction < 1:
+        parser.error("--val-fraction must be at least 0 and below 1")
+
+
+def default_out(args, parser):
+    """runs/<dataset>-<tasks>-<options that are not the default>"""
+    words = [Path(args.dataset).resolve().name, *args.tasks]
+    for name, value in vars(args).items():
+        named = name not in MAY_DIFFER | {"dataset", "tasks"}
+        if named and value != parser.get_default(name):
+            words += [name.replace("_", "-"), str(value).replace(os.sep, "-")]
+    return "runs/" + "-".join(map(str, words))
+
+
+def default_precision(device):
+    """bf16 where there is hardware for it; else fp16 on a GPU and fp32 on a CPU."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
+
+
+def parse_args(argv=None, parser=None):
+    parser = parser or make_parser()
+    args = parser.parse_args(argv)
+    check_options(args, parser)
+    if args.dataset not in ("synthetic", *PUBLISHED) and Path(args.dataset).is_dir():
+        args.dataset = str(Path(args.dataset).resolve())
+    args.out = args.out or default_out(args, parser)
+    args.precision = args.precision or default_precision(args.device)
+    if len(args.tasks) == 1:
+        args.tasks = args.tasks[0]
+    return args
+
+
+# -----------------------------------------------------------------------------
+# The experiment
+
+
 def make_backbone(args):
-    """Our ResNet-18, or torchvision's for --stem 7x7."""
-    if args.stem == "3x3":
+    """Our ResNet-18, or torchvision's for --stem 7x7 and --pretrained."""
+    if args.stem == "3x3" and not args.pretrained:
         return ResNet18(args.width)
     from torchvision.models import resnet18
 
@@ -974,53 +1073,6 @@ def training_options(args):
     }
 
 
-def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
-    """Learn `tasks` with a checkpoint and results.json in OUT/seed<S> after each of them.
-
-    `R` has the rows that a fresh run starts from. Returns what results.json holds.
-    """
-    out = Path(args.out) / f"seed{seed}"
-    num_tasks = len(tasks[: args.stop_after])
-    identity = {"args": vars(args), "class_order": [list(task.classes) for task in tasks]}
-    results = {"accuracy": list(R), "class_incremental": [], "seconds": 0.0}
-    if (out / "checkpoint.pt").exists():
-        saved = load_file(out / "checkpoint.pt", map_location="cpu")
-        results = saved["results"]
-        check_same_run(out, results, identity, args.resume)
-        model.load_state_dict(saved["model"])
-        save(out, results, model)  # in case it was killed before results.json was written
-    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(f"{out} has files but no checkpoint.pt: choose another --out")
-    with user_error(f"cannot write to {out}: choose another --out"):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    if RANK == 0:
-        print(f"{num_tasks} tasks, {args.device}, {args.precision}: {out}")
-
-    def after_task(R, class_incremental, seconds):
-        results["class_incremental"].append(class_incremental)
-        results["seconds"] += seconds
-        results.update(identity, seed=seed, accuracy=R, complete=len(R) == num_tasks)
-        results.update(metrics(R) | machine(model))
-        save(out, results, model)
-        if RANK == 0:
-            row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
-            spent = timedelta(seconds=round(results["seconds"]))
-            where = f"task {len(R):>2}/{num_tasks}"
-            print(f"{where}  {describe([results])}  {spent} | {row:30}", flush=True)
-
-    learn(
-        model,
-        tasks[:num_tasks],
-        **training_options(args),
-        make_optimizers=make_optimizers,
-        seed=seed,
-        R=results["accuracy"],
-        after_task=after_task,
-    )
-    return results
-
-
 def check_same_run(out, results, identity, resume):
     """Raise UserError unless the run that left `results` in `out` may be continued."""
     old, new, unset = results["args"], identity["args"], "not an option"
@@ -1068,100 +1120,51 @@ def describe(results):
     return "  ".join(words)
 
 
-def make_parser():
-    """All options; non-default ones go into the name of the output folder."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
+    """Learn `tasks` with a checkpoint and results.json in OUT/seed<S> after each of them.
+
+    `R` has the rows that a fresh run starts from. Returns what results.json holds.
+    """
+    out = Path(args.out) / f"seed{seed}"
+    num_tasks = len(tasks[: args.stop_after])
+    identity = {"args": vars(args), "class_order": [list(task.classes) for task in tasks]}
+    results = {"accuracy": list(R), "class_incremental": [], "seconds": 0.0}
+    if (out / "checkpoint.pt").exists():
+        saved = load_file(out / "checkpoint.pt", map_location="cpu")
+        results = saved["results"]
+        check_same_run(out, results, identity, args.resume)
+        model.load_state_dict(saved["model"])
+        save(out, results, model)  # in case it was killed before results.json was written
+    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} has files but no checkpoint.pt: choose another --out")
+    with user_error(f"cannot write to {out}: choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    if RANK == 0:
+        print(f"{num_tasks} tasks, {args.device}, {args.precision}: {out}")
+
+    def after_task(R, class_incremental, seconds):
+        results["class_incremental"].append(class_incremental)
+        results["seconds"] += seconds
+        results.update(identity, seed=seed, accuracy=R, complete=len(R) == num_tasks)
+        results.update(metrics(R) | machine(model))
+        save(out, results, model)
+        if RANK == 0:
+            row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
+            spent = timedelta(seconds=round(results["seconds"]))
+            where = f"task {len(R):>2}/{num_tasks}"
+            print(f"{where}  {describe([results])}  {spent} | {row:30}", flush=True)
+
+    learn(
+        model,
+        tasks[:num_tasks],
+        **training_options(args),
+        make_optimizers=make_optimizers,
+        seed=seed,
+        R=results["accuracy"],
+        after_task=after_task,
     )
-    add = parser.add_argument
-    # data
-    add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
-    add("--data", default="data", help="folder of downloads and caches")
-    add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
-    add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
-    order = parser.add_mutually_exclusive_group().add_argument
-    order("--shuffle-classes", action="store_true", help="class order by seed, not by label")
-    order("--class-order", help="file with one class per line, names or numbers")
-    add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
-    add("--stop-after", type=int, help="learn only the first tasks, this many")
-    # method
-    add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
-    add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
-    add("--temperature", type=float, default=2.0, help="of both distillations")
-    add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
-    add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
-    add("--hidden", type=int, default=64, help="width of the hypernetwork")
-    add("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7 for large images")
-    add("--width", type=int, default=64, help="of the backbone; D is 8 times this")
-    add("--pretrained", action="store_true", help="ImageNet weights, which need --stem 7x7")
-    # training
-    add("--epochs", type=int, default=30, help="per task")
-    add("--batch-size", type=int, default=64, help="of all processes together")
-    add("--lr", type=float, default=0.02, help="of the backbone")
-    add("--hyper-lr", type=float, default=1e-4, help="of the hypernetwork")
-    add("--proto-lr", type=float, default=2e-4, help="of the prototypes")
-    add("--weight-decay", type=float, default=0.005, help="of filters and hypernetwork")
-    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="of the training images")
-    add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
-    # machine
-    add(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="CUDA_VISIBLE_DEVICES picks a GPU",
-    )
-    add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
-    add("--compile", action="store_true", help="torch.compile the backbone")
-    add("--out", help="output folder; if None, runs/ and a name made of the options")
-    add("--resume", action="store_true", help="continue after the last finished task")
-    return parser
-
-
-def parse_args(argv=None, parser=None):
-    parser = parser or make_parser()
-    args = parser.parse_args(argv)
-    check_options(args, parser)
-    if args.dataset not in ("synthetic", *PUBLISHED) and Path(args.dataset).is_dir():
-        args.dataset = str(Path(args.dataset).resolve())
-    args.out = args.out or default_out(args, parser)
-    args.precision = args.precision or default_precision(args.device)
-    if len(args.tasks) == 1:
-        args.tasks = args.tasks[0]
-    return args
-
-
-def check_options(args, parser):
-    """Exit with a message if options cannot work, or contradict each other."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
-    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
-    if args.stem == "7x7" and args.width != 64:
-        parser.error("--stem 7x7 is torchvision's ResNet-18, of --width 64")
-    if args.stem != "7x7" and args.pretrained:
-        parser.error("--pretrained needs --stem 7x7")
-    if not 0 <= args.val_fraction < 1:
-        parser.error("--val-fraction must be at least 0 and below 1")
-
-
-def default_out(args, parser):
-    """runs/<dataset>-<tasks>-<options that are not the default>"""
-    words = [Path(args.dataset).resolve().name, *args.tasks]
-    for name, value in vars(args).items():
-        named = name not in MAY_DIFFER | {"dataset", "tasks"}
-        if named and value != parser.get_default(name):
-            words += [name.replace("_", "-"), str(value).replace(os.sep, "-")]
-    return "runs/" + "-".join(map(str, words))
-
-
-def default_precision(device):
-    """bf16 where there is hardware for it; else fp16 on a GPU and fp32 on a CPU."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported():
-        return "bf16"
-    return "fp32"
+    return results
 
 
 def set_up(device):
