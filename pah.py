@@ -12,8 +12,8 @@
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
 images, the prototypes of its classes. Three losses keep old tasks working without old data.
 The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
-optimizers, training. The second half is the experiment: files, data, command line, one run. Read it
-from top to bottom: functions use what stands above them.
+optimizers, training. The second half is the experiment: files, data, command line, one run.
+Functions use what stands above them, except that the losses follow the model.
 """
 
 import argparse
@@ -50,6 +50,12 @@ class UserError(ValueError):
     """An error that the user can fix; the command line prints it as one line."""
 
 
+def require(condition, message):
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 @contextlib.contextmanager
 def user_error(message):
     """Turn what fails within into a UserError: `message` and, in brackets, the reason."""
@@ -78,15 +84,14 @@ def normalise(images):
     Raises UserError for any other type: floats between 0 and 1 would train to chance level.
     """
     images = torch.as_tensor(images)
-    if images.dtype != torch.uint8:
-        raise UserError(f"images must be uint8, from 0 to 255, not {images.dtype}")
+    require(images.dtype == torch.uint8, f"images must be uint8, 0 to 255, not {images.dtype}")
     mean = MEAN.to(images.device, non_blocking=True)
     std = STD.to(images.device, non_blocking=True)
     return (images.float() / 255 - mean) / std
 
 
 def augment(images, flip=True):
-    """A random crop of each image (B, C, S, S), an eighth of its side reflected around it.
+    """A random crop of each image (B, C, S, S), after reflection-padding by an eighth of its side.
 
     Half of them are mirrored if `flip`. Runs on the images' device without waiting for it.
     """
@@ -100,8 +105,8 @@ def augment(images, flip=True):
         mirrored = torch.rand(b, 1, device=device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
-    image = torch.arange(b, device=device)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    index = torch.arange(b, device=device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 # -----------------------------------------------------------------------------
@@ -134,17 +139,17 @@ class Hypernetwork(nn.Module):
 
 @torch.no_grad()
 def feature_dim(backbone, size):
-    """D of a backbone, found by passing one grey image of the prototypes' size, as L_sp will."""
+    """D of a backbone, found by passing one grey image as small as a prototype, as L_sp does."""
     device = next(backbone.parameters(), torch.empty(0)).device
-    backbone = copy.deepcopy(backbone).eval()  # fails now if `learn` could not make a teacher
+    backbone = copy.deepcopy(backbone).eval()  # what cannot be copied fails here, not at task 2
     with user_error(
         f"the backbone cannot take prototypes of {size}x{size} pixels: "
         "give PAH a larger proto_size, for example the size of the images"
     ):
         features = backbone(torch.zeros(1, 3, size, size, device=device))
-    if features.ndim != 2:
-        raise UserError(f"the backbone must return (batch, D), not {tuple(features.shape)}")
-    return features.shape[1]
+    shape = tuple(features.shape)
+    require(len(shape) == 2, f"the backbone must return (batch, D), not {shape}")
+    return shape[1]
 
 
 class PAH(nn.Module):
@@ -266,7 +271,7 @@ def soft_loss_main(logits, teacher, images, temperature=2.0):
 
 @contextlib.contextmanager
 def in_eval_mode(model, frozen=()):
-    """Eval mode, without gradients for the parameters `frozen`; afterwards all is as it was."""
+    """Eval mode, without gradients for `frozen`, parameters that learn; then all is as it was."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -416,8 +421,9 @@ def orthogonalised(x):
 class Muon(torch.optim.Optimizer):
     """Moves filters, as matrices (outputs, the rest), along their orthogonalised Nesterov momentum.
 
-    Filters take turns: at each step a fifth of them moves, five times as far. A momentum of
-    twenty steps hardly turns in five, and orthogonalising is what costs time; it runs in `dtype`.
+    Filters take turns: at each step a fifth of them moves, five times as far. Momentum averaged
+    over twenty steps barely changes direction in five, and orthogonalising, which runs in `dtype`,
+    is the expensive part.
     """
 
     turns = 5
@@ -447,14 +453,14 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.float32):
     """Muon for the filters of `model.backbone`, AdamW for everything else that learns.
 
-    Parameters of `model.hypernetwork` and `model.prototypes` have rates of their own; all others
-    learn at lr / 10. BatchNorm, biases of the backbone and prototypes do not decay.
+    Filters learn at lr, `model.hypernetwork` and `model.prototypes` at their own rates, everything
+    else at lr / 10. BatchNorm, biases of the backbone and prototypes do not decay.
     """
     parts = {"filters": [], "vectors": [], "hypernetwork": [], "prototypes": [], "others": []}
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         if part == "backbone":
-            part = "filters" if p.ndim > 1 else "vectors"
+            part = "filters" if p.ndim > 1 and len(p) > 1 else "vectors"  # (1, ...): a token
         elif part not in ("hypernetwork", "prototypes"):
             part = "others"
         if p.requires_grad:
@@ -476,39 +482,35 @@ def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.flo
 # Training
 
 
-def check_tasks(model, tasks):
-    """Raise UserError for arrays that would fail after hours of training, or give a wrong AA."""
+def check_tasks(model, tasks, R):
+    """Raise UserError for what would fail after hours of training, or give a wrong AA."""
     num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
-    if len(tasks) > num_tasks:
-        raise UserError(f"{len(tasks)} tasks, but the model was made for {num_tasks}")
+    require(len(tasks) <= num_tasks, f"{len(tasks)} tasks, but the model was made for {num_tasks}")
+    if hasattr(model, "present"):
+        begun = model.present.any(1).sum()
+        require(
+            begun <= len(R), "the model has learned tasks: make a new one, or pass their rows as R"
+        )
     for k, task in enumerate(tasks, start=1):
         arrays = [torch.as_tensor(array) for array in task[:4]]
         for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
-            side = images.shape[-1]
-            if images.dtype != torch.uint8 or images.shape != (len(images) or 1, 3, side, side):
-                raise UserError(
-                    f"{part}_images of task {k} must be uint8 of shape (N, 3, S, S) with N > 0, "
-                    f"not {images.dtype} of shape {tuple(images.shape)}"
-                )
-            if labels.shape != (len(images),) or labels.is_floating_point():
-                raise UserError(
-                    f"{part}_labels of task {k} must be {len(images)} integers, one per image, "
-                    f"not {labels.dtype} of shape {tuple(labels.shape)}"
-                )
-            if labels.min() < 0 or labels.max() >= classes:
-                raise UserError(
-                    f"{part}_labels of task {k} must be 0 to {classes - 1}, "
-                    f"not {labels.min()} to {labels.max()}"
-                )
+            found, side = f"not {images.dtype} of shape {tuple(images.shape)}", images.shape[-1]
+            require(
+                images.dtype == torch.uint8 and images.shape[1:] == (3, side, side) and len(images),
+                f"{part}_images of task {k} must be uint8 of shape (N > 0, 3, S, S), {found}",
+            )
+            found = f"not {labels.dtype} of shape {tuple(labels.shape)}"
+            require(
+                labels.shape == images.shape[:1] and not labels.is_floating_point(),
+                f"{part}_labels of task {k} must be {len(images)} integers, one per image, {found}",
+            )
+            lowest, highest = labels.min(), labels.max()
+            require(
+                lowest >= 0 and highest < classes,
+                f"{part}_labels of task {k} must be 0 to {classes - 1}, not {lowest} to {highest}",
+            )
         unseen = set(arrays[3].tolist()) - set(arrays[1].tolist())
-        if unseen:
-            raise UserError(f"task {k} tests class {min(unseen)}, which has no training image")
-
-
-def one_cycle(optimizer, steps):
-    """Each learning rate rises to what it is now, and falls to almost nothing."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, peaks, steps + 1, cycle_momentum=False)
+        require(not unseen, f"task {k} tests classes without a training image: {unseen}")
 
 
 class Losses(nn.Module):
@@ -550,19 +552,21 @@ def learn(
     """The protocol: learn `tasks`, a list of Task, one after the other. Returns R.
 
     Call it once with all tasks: `learn(model, [task])` for each of them would start at task 0 each
-    time. `model` is a PAH or another module with begin_task, losses and forward like it. Muon
-    trains its `backbone`, unless `make_optimizers` returns others; with a `dtype` of float16 losses
-    are scaled. Where it has them, after_step(task, images, labels) is called after each step with
-    the batch before augmentation, and end_task(task, images, labels) after each task with all of
-    its images; `limits` are the most tasks and classes per task.
+    time. `model` is a PAH or another module with begin_task, losses and forward like it. By default
+    Muon trains the filters of its `backbone`; with a `dtype` of float16 losses are scaled. Where it
+    has them, after_step(task, images, labels) is called after each step with the batch before
+    augmentation, and end_task(task, images, labels) after each task with all of its images;
+    `limits` are the most tasks and classes per task.
 
     `R` holds the rows of tasks that were learned before; after_task(R, class_incremental, seconds)
     is called after each task. `seed` seeds torch's generators before each task. The model is left
     in eval mode. Raises UserError for arrays that cannot be right.
     """
-    check_tasks(model, tasks)
-    if WORLD > 1 and not dist.is_initialized():
-        raise UserError(f"{WORLD} processes without a process group: call pah.set_up(device) first")
+    check_tasks(model, tasks, R)
+    require(
+        WORLD == 1 or dist.is_initialized(),
+        f"{WORLD} processes without a process group: call pah.set_up(device) first",
+    )
     device = next(model.parameters()).device
     dtype = getattr(model, "dtype", torch.float32)
     interval = 2 if sys.stdout.isatty() else 30  # seconds between two lines of progress
@@ -591,7 +595,15 @@ def learn(
         per_step = min(batch_size, len(images)) // WORLD * WORLD
         steps = len(images) // per_step  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
-        schedules = [one_cycle(optimizer, epochs * steps) for optimizer in optimizers]
+        schedules = [
+            OneCycleLR(
+                optimizer,
+                max_lr=[group["lr"] for group in optimizer.param_groups],
+                total_steps=epochs * steps + 1,
+                cycle_momentum=False,
+            )
+            for optimizer in optimizers
+        ]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         done, todo = 0, epochs * sum(len(task.train_labels) for task in tasks[k:])  # images
@@ -616,13 +628,15 @@ def learn(
                 if RANK == 0 and time.perf_counter() - printed > interval:
                     printed = time.perf_counter()
                     print_progress(where, terms, done, todo, printed - start)
-            # one sum, so that a GPU is waited for once; NaN and infinity survive it
-            if not sum(value.sum() for value in model.state_dict().values()).isfinite():
-                raise UserError(f"NaN weights in {where}: try a lower --lr, or --precision fp32")
+            # one sum, so that a GPU is synchronised only once; NaN and infinity survive it
+            total = sum(value.sum() for value in model.state_dict().values())
+            require(
+                total.isfinite(), f"NaN weights in {where}: lower --lr, or use --precision fp32"
+            )
 
         if hasattr(model, "end_task"):
             model.end_task(k, images, labels)
-        if WORLD > 1:  # since the last step BatchNorm's statistics differ on CPUs
+        if WORLD > 1:  # on CPUs each process has its own BatchNorm statistics: take process 0's
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         row, class_incremental = evaluate(model, tasks[: k + 1], 4 * batch_size)
@@ -726,8 +740,8 @@ def read_torchvision(name, root, size, download):
 def read_images(paths, size):
     """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
 
-    Photos are turned as their EXIF data says. Raises UserError, with the path, for what is no image
-    and for more than 8 bits per channel, which Pillow would clip.
+    Photos are turned as their EXIF data says. Raises UserError, with the path, for files that are
+    not images, and for more than 8 bits per channel, which Pillow would clip.
     """
     from PIL import Image, ImageOps
     from torchvision import transforms as T
@@ -738,8 +752,10 @@ def read_images(paths, size):
 
     def read(i):
         with user_error(f"cannot read the image {paths[i]}"), Image.open(paths[i]) as image:
-            if image.mode[0] in "IF":
-                raise UserError(f"{paths[i]} has more than 8 bits per channel: convert it first")
+            require(
+                image.mode[0] not in "IF",
+                f"{paths[i]} has more than 8 bits per channel: convert it first",
+            )
             images[i] = transform(ImageOps.exif_transpose(image).convert("RGB"))
 
     print(f"reading {len(paths):,} images in {os.path.commonpath(paths)}", file=sys.stderr)
@@ -765,8 +781,10 @@ def read_tinyimagenet(name, root, size, download):
         listed = dict(line.split("\t")[:2] for line in lines)
     test_paths = sorted(val.rglob("*.JPEG"))
     wnids = [listed.get(path.name, path.relative_to(val).parts[0]) for path in test_paths]
-    if 10 * len(test_paths) != len(train.targets):  # 500 and 50 images per class
-        raise RuntimeError(f"{len(train.targets)} images in train/, {len(test_paths)} in val/")
+    require(
+        10 * len(test_paths) == len(train.targets),  # 500 and 50 images per class
+        f"{folder} is damaged: {len(train.targets)} images in train/, {len(test_paths)} in val/",
+    )
     return Task(
         read_images([path for path, _ in train.samples], size),
         torch.tensor(train.targets),
@@ -786,9 +804,8 @@ def read_folder(folder, size):
         "train/ and val/ (or test/), one sub-folder per class in each"
     ):
         train, test = ImageFolder(folder / "train"), ImageFolder(test_folder)
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"{test_folder} has other classes than train/: {differing[:5]}")
+    differing = sorted(set(train.classes) ^ set(test.classes))
+    require(not differing, f"{test_folder} has other classes than train/: {differing[:5]}")
     return Task(
         read_images([path for path, _ in train.samples], size),
         torch.tensor(train.targets),
@@ -862,21 +879,23 @@ def split_tasks(data, tasks=10, order=None):
     labels = torch.cat([data.train_labels, data.test_labels])
     n = len(data.classes) or int(labels.max()) + 1
     classes = list(data.classes) or [str(c) for c in range(n)]
-    if labels.min() < 0 or labels.max() >= n:
-        found = f"{labels.min()} to {labels.max()}"
-        raise UserError(f"the labels of {n} classes must be 0 to {n - 1}, not {found}")
+    lowest, highest = labels.min(), labels.max()
+    require(
+        lowest >= 0 and highest < n,
+        f"the labels of {n} classes must be 0 to {n - 1}, not {lowest} to {highest}",
+    )
     sizes = tasks
     if isinstance(tasks, int):
         each = n // max(1, tasks)
         sizes = [n - each * (tasks - 1)] + [each] * (tasks - 1)
-    if sum(sizes) != n or min(sizes) < 2:
-        raise UserError(
-            f"--tasks {tasks}: {n} classes cannot be split this way; a task needs two or more"
-        )
+    require(
+        sum(sizes) == n and min(sizes) >= 2,
+        f"--tasks {tasks}: {n} classes cannot be split this way; a task needs two or more",
+    )
     order = list(range(n) if order is None else order)
     for c in range(n):
-        if order.count(c) != 1:
-            raise UserError(f"the class order has {classes[c]} {order.count(c)} times, not once")
+        times = order.count(c)
+        require(times == 1, f"the class order has {classes[c]} {times} times, not once")
     split = []
     for members in torch.tensor(order).split(sizes):
         train = select(data.train_images, data.train_labels, members)
@@ -892,8 +911,7 @@ def read_order(path, classes):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     for name in names:
-        if name not in numbers:
-            raise UserError(f"--class-order {path}: there is no class {name}")
+        require(name in numbers, f"--class-order {path}: there is no class {name}")
     return [numbers[name] for name in names]
 
 
@@ -924,9 +942,11 @@ MAY_DIFFER = {"out", "data", "seeds", "resume", "device", "compile", "stop_after
 
 
 def make_parser():
-    """All options; non-default ones go into the name of the output folder."""
+    """The parser with all options."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s [options]",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     # data
@@ -934,9 +954,9 @@ def make_parser():
     add("--data", default="data", help="folder of downloads and caches")
     add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
     add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
-    order = parser.add_mutually_exclusive_group().add_argument
-    order("--shuffle-classes", action="store_true", help="class order by seed, not by label")
-    order("--class-order", help="file with one class per line, names or numbers")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--shuffle-classes", action="store_true", help="class order by seed, not by label")
+    either("--class-order", help="file with one class per line, names or numbers")
     add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
     add("--stop-after", type=int, help="learn only the first tasks, this many")
     # method
@@ -956,7 +976,7 @@ def make_parser():
     add("--hyper-lr", type=float, default=1e-4, help="of the hypernetwork")
     add("--proto-lr", type=float, default=2e-4, help="of the prototypes")
     add("--weight-decay", type=float, default=0.005, help="of filters and hypernetwork")
-    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="of the training images")
+    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="crop alone suits digits")
     add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     # machine
     add(
@@ -972,17 +992,20 @@ def make_parser():
     return parser
 
 
-def check_options(args, parser):
-    """Exit with a message if options cannot work, or contradict each other."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
+def check_options(args):
+    """Raise UserError for options that cannot work, or contradict each other."""
+    require(
+        args.device == "cpu" or torch.cuda.is_available(),
+        "--device cuda: torch finds no GPU here; use --device cpu",
+    )
     for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
-    if (args.stem == "7x7" or args.pretrained) and args.width != 64:
-        parser.error("--stem 7x7 and --pretrained are torchvision's ResNet-18, of --width 64")
-    if not 0 <= args.val_fraction < 1:
-        parser.error("--val-fraction must be at least 0 and below 1")
+        option = f"--{name.replace('_', '-')}"
+        require(getattr(args, name) >= least, f"{option} must be {least} or more")
+    require(
+        args.stem == "3x3" or args.width == 64,
+        "--stem 7x7 and --pretrained are torchvision's ResNet-18, of --width 64",
+    )
+    require(0 <= args.val_fraction < 1, "--val-fraction must be at least 0 and below 1")
 
 
 def default_out(args, parser):
@@ -1007,7 +1030,9 @@ def default_precision(device):
 def parse_args(argv=None, parser=None):
     parser = parser or make_parser()
     args = parser.parse_args(argv)
-    check_options(args, parser)
+    if args.pretrained:
+        args.stem = "7x7"
+    check_options(args)
     if args.dataset not in ("synthetic", *PUBLISHED) and Path(args.dataset).is_dir():
         args.dataset = str(Path(args.dataset).resolve())
     args.out = args.out or default_out(args, parser)
@@ -1022,8 +1047,8 @@ def parse_args(argv=None, parser=None):
 
 
 def make_backbone(args):
-    """Our ResNet-18, or torchvision's for --stem 7x7 and --pretrained."""
-    if args.stem == "3x3" and not args.pretrained:
+    """Our ResNet-18, or torchvision's for --stem 7x7."""
+    if args.stem == "3x3":
         return ResNet18(args.width)
     from torchvision.models import resnet18
 
@@ -1083,13 +1108,11 @@ def check_same_run(out, results, identity, resume):
     ]
     if results["class_order"] != identity["class_order"]:
         differing.append("another class order")
-    if differing:
-        differing = "; ".join(differing)
-        raise UserError(
-            f"{out} holds a different run ({differing}): use its options, or another --out"
-        )
-    if not resume:
-        raise UserError(f"{out} already holds this run: add --resume, or choose another --out")
+    require(
+        not differing,
+        f"{out} holds a different run ({'; '.join(differing)}): use its options, or another --out",
+    )
+    require(resume, f"{out} already holds this run: add --resume, or choose another --out")
 
 
 def machine(model):
@@ -1100,7 +1123,7 @@ def machine(model):
     cuda = next(model.parameters()).is_cuda
     return {
         "parameters": dict(sizes),
-        "stored": getattr(model, "stored", dict)(),  # of a method that says so
+        "stored": getattr(model, "stored", dict)(),  # if the method reports it
         "processes": WORLD,
         "device": torch.cuda.get_device_name() if cuda else f"cpu {torch.get_num_threads()}",
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
@@ -1127,6 +1150,8 @@ def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
     """
     out = Path(args.out) / f"seed{seed}"
     num_tasks = len(tasks[: args.stop_after])
+    if WORLD > 1 and args.device == "cuda":
+        model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     identity = {"args": vars(args), "class_order": [list(task.classes) for task in tasks]}
     results = {"accuracy": list(R), "class_incremental": [], "seconds": 0.0}
     if (out / "checkpoint.pt").exists():
@@ -1135,8 +1160,9 @@ def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
         check_same_run(out, results, identity, args.resume)
         model.load_state_dict(saved["model"])
         save(out, results, model)  # in case it was killed before results.json was written
-    elif out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(f"{out} has files but no checkpoint.pt: choose another --out")
+    elif out.is_dir():
+        files = [path for path in out.iterdir() if not path.name.startswith(".")]
+        require(not files, f"{out} has files but no checkpoint.pt: choose another --out")
     with user_error(f"cannot write to {out}: choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -1150,10 +1176,10 @@ def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
         results.update(metrics(R) | machine(model))
         save(out, results, model)
         if RANK == 0:
-            row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-10:])
+            row = " ".join(f"{accuracy:.0f}" for accuracy in R[-1][-8:])
             spent = timedelta(seconds=round(results["seconds"]))
-            where = f"task {len(R):>2}/{num_tasks}"
-            print(f"{where}  {describe([results])}  {spent} | {row:30}", flush=True)
+            line = f"task {len(R):>2}/{num_tasks}  {describe([results])}  {spent} | {row}"
+            print(f"{line:79}", flush=True)
 
     learn(
         model,
@@ -1189,8 +1215,6 @@ def main(argv=None):
         tasks = load_tasks(args, seed, data)
         torch.manual_seed(seed)
         model = build(args, len(tasks), max(len(task.classes) for task in tasks)).to(args.device)
-        if WORLD > 1 and args.device == "cuda":
-            model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
         results.append(run(args, seed, model, tasks))
     if RANK == 0:
         print(describe(results))

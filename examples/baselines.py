@@ -35,8 +35,7 @@ class MultiHead(nn.Module):
     """Finetuning: a backbone and a stored head for each task. Most methods start from it.
 
     What must outlive a task is a parameter or a buffer, so that checkpoints hold it. `flags` are
-    the options that a method knows of those which not all methods know, `defaults` are options
-    with another default than in pah.py.
+    the options of NOT_ALL that a method accepts, `defaults` those whose default is not pah.py's.
     """
 
     strength = None
@@ -744,7 +743,8 @@ def main(argv=None):
         if args.method == "joint":
             tasks, R = joined(tasks), [[]] * (len(tasks) - 1)
         results.append(pah.run(args, seed, model, tasks, OPTIMIZERS[args.optimizer], R))
-    print(pah.describe(results))
+    if pah.RANK == 0:
+        print(pah.describe(results))
 
 
 if __name__ == "__main__":

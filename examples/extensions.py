@@ -3,7 +3,7 @@
     python examples/baselines.py rehearsal --tasks 50 --width 16 --image-size 24 --epochs 6
     python examples/baselines.py thumbnails --tasks 50 --width 16 --image-size 24 --epochs 6
 
-What they bring is in assets/results.md. In your own script, `Rehearsal(backbone, num_tasks, classes)`
+Their results are in assets/results.md. In your own script, `Rehearsal(backbone, num_tasks, classes)`
 takes the place of `pah.PAH`.
 """
 
@@ -33,7 +33,7 @@ class Rehearsal(pah.PAH):
     def draw(self, task, n, size):
         """n prototypes of random classes before `task`, as images (n, 3, *size).
 
-        Under torchrun these are n of all processes together, and each gets its part.
+        Under torchrun `n` counts all processes, and each gets its part.
         """
         present = self.present[:task].flatten().float()
         drawn = torch.multinomial(present, n, replacement=True)
