@@ -64,7 +64,7 @@ def user_error(message):
     except UserError:
         raise
     except Exception as error:  # torch and Pillow raise many kinds for a damaged file
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(f"{message} ({reason})") from error
 
 
@@ -76,6 +76,27 @@ def user_error(message):
 Task = namedtuple(
     "Task", "train_images train_labels test_images test_labels classes", defaults=[()]
 )
+
+
+def check_arrays(images, labels, classes, which):
+    """Raise UserError unless the `which` images and labels are as in a Task of so many classes."""
+    with user_error(f"the {which} images and labels must be arrays"):
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    found, side = f"not {images.dtype} of shape {tuple(images.shape)}", images.shape[-1]
+    require(
+        images.dtype == torch.uint8 and images.shape[1:] == (3, side, side) and len(images),
+        f"the {which} images must be uint8 of shape (N > 0, 3, S, S), {found}",
+    )
+    found = f"not {labels.dtype} of shape {tuple(labels.shape)}"
+    require(
+        labels.shape == images.shape[:1] and not labels.is_floating_point(),
+        f"the {which} labels must be {len(images)} integers, one per image, {found}",
+    )
+    lowest, highest = labels.long().aminmax()
+    require(
+        lowest >= 0 and highest < classes,
+        f"the {which} labels must be 0 to {classes - 1}, not {lowest} to {highest}",
+    )
 
 
 def normalise(images):
@@ -141,13 +162,14 @@ class Hypernetwork(nn.Module):
 def feature_dim(backbone, size):
     """D of a backbone, found by passing one grey image as small as a prototype, as L_sp does."""
     device = next(backbone.parameters(), torch.empty(0)).device
-    backbone = copy.deepcopy(backbone).eval()  # what cannot be copied fails here, not at task 2
+    with user_error("the backbone cannot be copied, as a teacher needs to be"):
+        backbone = copy.deepcopy(backbone).eval()
     with user_error(
-        f"the backbone cannot take prototypes of {size}x{size} pixels: "
-        "give PAH a larger proto_size, for example the size of the images"
+        f"the backbone fails on 3 x {size} x {size} values, the size of a prototype; "
+        "if that is too small, give PAH a larger proto_size, for example the size of the images"
     ):
         features = backbone(torch.zeros(1, 3, size, size, device=device))
-    shape = tuple(features.shape)
+    shape = tuple(getattr(features, "shape", [type(features).__name__]))
     require(len(shape) == 2, f"the backbone must return (batch, D), not {shape}")
     return shape[1]
 
@@ -158,8 +180,8 @@ class PAH(nn.Module):
     `backbone` maps images (B, 3, H, W) to features (B, D) and runs in `dtype`; heads, logits and
     losses are float32. `classes` is C, the classes of the largest task: `present` (K, C) says
     which of them a task has. `lam`, `mu` and `temperature` belong to the losses; `proto_init` is
-    "semantic", training images, or "random", noise. A backbone with no trainable parameter stays in
-    eval mode, so that BatchNorm keeps its running statistics.
+    "semantic", training images, or "random", noise. Parts of the backbone that are frozen, with no
+    trainable parameter, stay in eval mode, so that BatchNorm keeps its running statistics.
     """
 
     def __init__(
@@ -177,6 +199,8 @@ class PAH(nn.Module):
         dtype=torch.float32,
     ):
         super().__init__()
+        known = proto_init in ("semantic", "random")
+        require(known, f"proto_init is semantic or random, not {proto_init}")
         self.backbone, self.dtype = backbone, dtype
         self.prototypes = nn.Parameter(torch.zeros(num_tasks, classes, 3, proto_size, proto_size))
         self.register_buffer("present", torch.zeros(num_tasks, classes, dtype=torch.bool))
@@ -188,8 +212,10 @@ class PAH(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if not any(p.requires_grad for p in self.backbone.parameters()):
-            self.backbone.eval()
+        for module in self.backbone.modules():
+            learns = [p.requires_grad for p in module.parameters()]
+            if learns and not any(learns):
+                module.eval()
         return self
 
     @torch.no_grad()
@@ -341,6 +367,7 @@ def evaluate(model, tasks, batch_size=256):
     device = next(model.parameters()).device
     row, class_incremental = [], []
     for k, task in enumerate(tasks):
+        check_arrays(task.test_images, task.test_labels, math.inf, f"test (task {k + 1})")
         labels = torch.as_tensor(task.test_labels).to(device).long()
         batches = torch.as_tensor(task.test_images).split(batch_size)
         with in_eval_mode(model):
@@ -482,34 +509,17 @@ def make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype=torch.flo
 # Training
 
 
-def check_tasks(model, tasks, R):
+def check_tasks(model, tasks):
     """Raise UserError for what would fail after hours of training, or give a wrong AA."""
     num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
     require(len(tasks) <= num_tasks, f"{len(tasks)} tasks, but the model was made for {num_tasks}")
-    if hasattr(model, "present"):
-        begun = model.present.any(1).sum()
-        require(
-            begun <= len(R), "the model has learned tasks: make a new one, or pass their rows as R"
-        )
     for k, task in enumerate(tasks, start=1):
-        arrays = [torch.as_tensor(array) for array in task[:4]]
-        for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
-            found, side = f"not {images.dtype} of shape {tuple(images.shape)}", images.shape[-1]
-            require(
-                images.dtype == torch.uint8 and images.shape[1:] == (3, side, side) and len(images),
-                f"{part}_images of task {k} must be uint8 of shape (N > 0, 3, S, S), {found}",
-            )
-            found = f"not {labels.dtype} of shape {tuple(labels.shape)}"
-            require(
-                labels.shape == images.shape[:1] and not labels.is_floating_point(),
-                f"{part}_labels of task {k} must be {len(images)} integers, one per image, {found}",
-            )
-            lowest, highest = labels.min(), labels.max()
-            require(
-                lowest >= 0 and highest < classes,
-                f"{part}_labels of task {k} must be 0 to {classes - 1}, not {lowest} to {highest}",
-            )
-        unseen = set(arrays[3].tolist()) - set(arrays[1].tolist())
+        check_arrays(task.train_images, task.train_labels, classes, f"training (task {k})")
+        check_arrays(task.test_images, task.test_labels, classes, f"test (task {k})")
+        same = task.train_images.shape[1:] == task.test_images.shape[1:]
+        require(same, f"training and test images of task {k} differ in size")
+        trained, tested = torch.as_tensor(task.train_labels), torch.as_tensor(task.test_labels)
+        unseen = set(tested.tolist()) - set(trained.tolist())
         require(not unseen, f"task {k} tests classes without a training image: {unseen}")
 
 
@@ -562,7 +572,7 @@ def learn(
     is called after each task. `seed` seeds torch's generators before each task. The model is left
     in eval mode. Raises UserError for arrays that cannot be right.
     """
-    check_tasks(model, tasks, R)
+    check_tasks(model, tasks)
     require(
         WORLD == 1 or dist.is_initialized(),
         f"{WORLD} processes without a process group: call pah.set_up(device) first",
@@ -572,6 +582,8 @@ def learn(
     interval = 2 if sys.stdout.isatty() else 30  # seconds between two lines of progress
     if compile:
         model.backbone.compile()
+    if hasattr(model, "present") and model.present.any() and not R:
+        print("this model has learned before: a fresh run needs a new one", file=sys.stderr)
     R = list(R)
     for k in range(len(R), len(tasks)):
         start = printed = time.perf_counter()
@@ -592,6 +604,7 @@ def learn(
 
         # each task has new optimizers and one cycle of their learning rates
         model.train()
+        model.zero_grad()  # of what was interrupted
         per_step = min(batch_size, len(images)) // WORLD * WORLD
         steps = len(images) // per_step  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
@@ -668,6 +681,13 @@ def load_file(path, **options):
     """What torch.save wrote to `path`. Raises UserError if it cannot be read."""
     with user_error(f"cannot read {path}; if it is damaged, move it away"):
         return torch.load(path, weights_only=True, **options)
+
+
+def load_run(path, device="cpu"):
+    """What results.json held and the weights, of a checkpoint. Raises UserError."""
+    saved = load_file(path, map_location=device)
+    with user_error(f"{path} was not written by pah.py"):
+        return saved["results"], saved["model"]
 
 
 def save(out, results, model):
@@ -800,8 +820,8 @@ def read_folder(folder, size):
 
     test_folder = folder / "val" if (folder / "val").is_dir() else folder / "test"
     with user_error(
-        f"no data set {folder}: there are synthetic, {', '.join(PUBLISHED)}, and folders with "
-        "train/ and val/ (or test/), one sub-folder per class in each"
+        f"cannot read {folder} as a data set: there are synthetic, {', '.join(PUBLISHED)}, and "
+        "folders with train/ and val/ (or test/), one sub-folder per class in each"
     ):
         train, test = ImageFolder(folder / "train"), ImageFolder(test_folder)
     differing = sorted(set(train.classes) ^ set(test.classes))
@@ -852,7 +872,7 @@ def hold_out(data, fraction):
 
     This part of each class's training images takes the place of the test images.
     """
-    images, labels = data.train_images, data.train_labels
+    images, labels = torch.as_tensor(data.train_images), torch.as_tensor(data.train_labels)
     generator = torch.Generator().manual_seed(0)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c in labels.unique():
@@ -873,17 +893,16 @@ def split_tasks(data, tasks=10, order=None):
 
     `tasks` is their number (equally large; the first gets the remainder) or a list of classes per
     task. `order` lists the numbers of the classes; None: by label. Raises UserError for tasks that
-    cannot be made, and for labels that are not from 0 to the number of classes - 1.
+    cannot be made, and for labels that do not number the classes from 0.
     """
     data = Task(*map(torch.as_tensor, data[:4]), data.classes)
-    labels = torch.cat([data.train_labels, data.test_labels])
-    n = len(data.classes) or int(labels.max()) + 1
+    trained, tested = set(data.train_labels.tolist()), set(data.test_labels.tolist())
+    n = len(data.classes) or 1 + max(trained | tested)
     classes = list(data.classes) or [str(c) for c in range(n)]
-    lowest, highest = labels.min(), labels.max()
-    require(
-        lowest >= 0 and highest < n,
-        f"the labels of {n} classes must be 0 to {n - 1}, not {lowest} to {highest}",
-    )
+    check_arrays(data.train_images, data.train_labels, n, "training")
+    check_arrays(data.test_images, data.test_labels, n, "test")
+    missing = sorted(set(range(n)) - trained)
+    require(not missing, f"classes without a training image: {[classes[c] for c in missing][:5]}")
     sizes = tasks
     if isinstance(tasks, int):
         each = n // max(1, tasks)
@@ -895,7 +914,7 @@ def split_tasks(data, tasks=10, order=None):
     order = list(range(n) if order is None else order)
     for c in range(n):
         times = order.count(c)
-        require(times == 1, f"the class order has {classes[c]} {times} times, not once")
+        require(times == 1, f"the class order must have {classes[c]} once, not {times} times")
     split = []
     for members in torch.tensor(order).split(sizes):
         train = select(data.train_images, data.train_labels, members)
@@ -998,9 +1017,9 @@ def check_options(args):
         args.device == "cpu" or torch.cuda.is_available(),
         "--device cuda: torch finds no GPU here; use --device cpu",
     )
-    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1}.items():
-        option = f"--{name.replace('_', '-')}"
-        require(getattr(args, name) >= least, f"{option} must be {least} or more")
+    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1, "stop_after": 1}.items():
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        require(value is None or value >= least, f"{option} must be {least} or more")
     require(
         args.stem == "3x3" or args.width == 64,
         "--stem 7x7 and --pretrained are torchvision's ResNet-18, of --width 64",
@@ -1075,12 +1094,12 @@ def build(args, num_tasks, classes, method=PAH):
 
 def load_checkpoint(path, device="cpu"):
     """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
-    saved = load_file(path, map_location=device)
+    results, weights = load_run(path, device)
     defaults = vars(make_parser().parse_args([]))  # of options that are newer than the run
-    args = argparse.Namespace(**defaults | saved["results"]["args"] | {"pretrained": False})
-    model = build(args, *saved["model"]["present"].shape)
+    args = argparse.Namespace(**defaults | results["args"] | {"pretrained": False})
+    model = build(args, *weights["present"].shape)
     with user_error(f"{path} is not a run of PAH"):
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(weights)
     return model.to(device).eval()
 
 
@@ -1155,10 +1174,9 @@ def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
     identity = {"args": vars(args), "class_order": [list(task.classes) for task in tasks]}
     results = {"accuracy": list(R), "class_incremental": [], "seconds": 0.0}
     if (out / "checkpoint.pt").exists():
-        saved = load_file(out / "checkpoint.pt", map_location="cpu")
-        results = saved["results"]
+        results, weights = load_run(out / "checkpoint.pt")
         check_same_run(out, results, identity, args.resume)
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(weights)
         save(out, results, model)  # in case it was killed before results.json was written
     elif out.is_dir():
         files = [path for path in out.iterdir() if not path.name.startswith(".")]

@@ -186,7 +186,7 @@ class FixedSize(nn.Module):
 
 
 def test_a_backbone_of_one_size_says_what_to_do():
-    with pytest.raises(UserError, match="prototypes of 10x10 pixels: .* proto_size"):
+    with pytest.raises(UserError, match="fails on 3 x 10 x 10 values, .* proto_size"):
         PAH(FixedSize(), K, C)
     model = PAH(FixedSize(), K, C, proto_size=12)
     assert model(torch.randn(2, 3, 12, 12), K).shape == (2, K, C)
@@ -211,14 +211,40 @@ def test_a_frozen_backbone_keeps_its_statistics():
     model = PAH(backbone, 2, 2)
     pah.learn(model, [own_arrays(), own_arrays()], epochs=2, batch_size=6)
     assert_same(backbone.state_dict(), before)
-    assert model.prototypes.grad is None and model.train().hypernetwork.training
+    assert model.train().hypernetwork.training
+
+
+def test_frozen_batch_norm_keeps_its_statistics_in_a_backbone_that_learns():
+    backbone = ResNet18(4)
+    backbone.layers[1].requires_grad_(False)
+    before = backbone.layers[1].running_mean.clone()
+    pah.learn(PAH(backbone, 1, 2), [own_arrays()], epochs=1)
+    assert torch.equal(backbone.layers[1].running_mean, before)
+    assert backbone.layers[3][0].bn1.running_mean.any()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_backbone_that_cannot_be_copied_is_no_matter_of_prototype_sizes():
     backbone = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(300, 7)))
-    with pytest.raises(RuntimeError, match="deepcopy"):
+    with pytest.raises(UserError, match="the backbone cannot be copied.*deepcopy"):
         PAH(backbone, K, C)
+
+
+class Tuples(nn.Module):
+    """A backbone that returns more than features, as some libraries have them."""
+
+    def forward(self, images):
+        return images.flatten(1), None
+
+
+def test_a_backbone_that_returns_a_tuple_is_refused():
+    with pytest.raises(UserError, match="must return .batch, D., not .'tuple',"):
+        PAH(Tuples(), K, C)
+
+
+def test_a_start_of_prototypes_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="semantic or random, not Semantic"):
+        small_pah(proto_init="Semantic")
 
 
 def test_bf16_is_for_the_backbone():
@@ -758,6 +784,14 @@ def no_squares(task):
     return task._replace(test_images=task.test_images[:, :, :5])
 
 
+def larger_test_images(task):
+    return task._replace(test_images=task.test_images.repeat(1, 1, 2, 2))
+
+
+def no_arrays(task):
+    return task._replace(test_labels=["cat", "dog"] * 6)
+
+
 def no_test_images(task):
     return task._replace(test_images=task.test_images[:0], test_labels=task.test_labels[:0])
 
@@ -770,7 +804,7 @@ def float_labels(task):
     return task._replace(train_labels=task.train_labels / 1)
 
 
-def labels_of_the_whole_data_set(task):
+def labels_of_the_data_set(task):
     return task._replace(train_labels=task.train_labels + 2, test_labels=task.test_labels + 2)
 
 
@@ -789,17 +823,19 @@ def untrained_class(task):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (floats, r"test_images of task 2 must be uint8 .*, not torch.float32"),
-        (of_numpy_floats, r"train_images of task 2 must be uint8 .*, not torch.float64"),
-        (channels_last, r"train_images of task 2 .*, 3, S, S\), .* \(12, 8, 8, 3\)"),
-        (no_squares, r"test_images of task 2 .*, 3, S, S\), .* \(12, 3, 5, 8\)"),
-        (no_test_images, r"test_images of task 2 .* \(N > 0, .* of shape \(0, 3, 8, 8\)"),
-        (too_many_labels, r"train_labels of task 2 must be 12 integers, .* shape \(20,\)"),
-        (float_labels, r"train_labels of task 2 must be 12 integers, .* not torch.float32"),
-        (labels_of_the_whole_data_set, "train_labels of task 2 must be 0 to 1, not 2 to 3"),
-        (wrong_test_labels, "test_labels of task 2 must be 0 to 1, not 2 to 3"),
-        (negative_labels, "train_labels of task 2 must be 0 to 1, not -1 to 0"),
+        (floats, r"the test \(task 2\) images must be uint8 .*, not torch.float32"),
+        (of_numpy_floats, r"the training \(task 2\) images must be uint8 .*, not torch.float64"),
+        (channels_last, r"training \(task 2\) images .* \(N > 0, 3, S, S\), .* \(12, 8, 8, 3\)"),
+        (no_squares, r"test \(task 2\) images .* \(N > 0, 3, S, S\), .* \(12, 3, 5, 8\)"),
+        (no_test_images, r"test \(task 2\) images .* \(N > 0, .* of shape \(0, 3, 8, 8\)"),
+        (no_arrays, r"the test \(task 2\) images and labels must be arrays"),
+        (too_many_labels, r"training \(task 2\) labels must be 12 integers, .* shape \(20,\)"),
+        (float_labels, r"training \(task 2\) labels must be 12 integers, .* not torch.float32"),
+        (labels_of_the_data_set, r"training \(task 2\) labels must be 0 to 1, not 2 to 3"),
+        (wrong_test_labels, r"test \(task 2\) labels must be 0 to 1, not 2 to 3"),
+        (negative_labels, r"training \(task 2\) labels must be 0 to 1, not -1 to 0"),
         (untrained_class, "task 2 tests classes without a training image: {1}"),
+        (larger_test_images, "training and test images of task 2 differ in size"),
     ],
 )
 def test_arrays_that_cannot_be_right_are_told_before_the_first_step(spoil, message):
@@ -817,14 +853,32 @@ def test_more_tasks_than_the_model_has_are_told_before_the_first_step():
     assert not model.present.any()
 
 
-def test_a_model_does_not_learn_twice():
-    """A cell of a notebook that is run again would start from what it had learned."""
+def test_a_model_that_learns_again_is_noticed(capsys):
+    """A cell of a notebook that is run again starts from what the model had learned."""
     model, tasks = PAH(ResNet18(4), 2, 2), [own_arrays(), own_arrays()]
     R = pah.learn(model, tasks[:1], epochs=1)
-    for again in (tasks, tasks[1:]):
-        with pytest.raises(UserError, match="the model has learned tasks: make a new one"):
-            pah.learn(model, again, epochs=1)
-    assert len(pah.learn(model, tasks, epochs=1, R=R)) == 2
+    pah.learn(model, tasks, epochs=1, R=R)
+    assert capsys.readouterr().err == ""
+    pah.learn(model, tasks, epochs=1)
+    assert "this model has learned before" in capsys.readouterr().err
+
+
+def test_gradients_of_an_interrupted_step_are_not_added_to_the_next():
+    states = []
+    for left_over in (None, 100.0):
+        torch.manual_seed(0)
+        model = PAH(ResNet18(4), 1, 2)
+        for p in model.parameters():
+            p.grad = None if left_over is None else torch.full_like(p, left_over)
+        pah.learn(model, [own_arrays()], epochs=1)
+        states.append(model.state_dict())
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(12, 1).long(), torch.zeros(1).long()])
+def test_evaluate_refuses_labels_that_are_not_one_per_image(labels):
+    with pytest.raises(UserError, match=r"the test \(task 1\) labels must be 12 integers"):
+        pah.evaluate(small_pah(), [own_arrays()._replace(test_labels=labels)])
 
 
 class Clock:
@@ -1028,23 +1082,33 @@ def test_tasks_that_cannot_be_made(tasks):
 @pytest.mark.parametrize(
     "order, wrong",
     [
-        ([0, 1, 2, 3, 4], "c5 0 times"),
-        ([0, 1, 2, 3, 4, 4], "c4 2 times"),
-        ([1, 2, 3, 4, 5, 6], "c0 0 times"),
+        ([0, 1, 2, 3, 4], "c5 once, not 0 times"),
+        ([0, 1, 2, 3, 4, 4], "c4 once, not 2 times"),
+        ([1, 2, 3, 4, 5, 6], "c0 once, not 0 times"),
     ],
 )
 def test_an_order_must_name_each_class_once(order, wrong):
-    with pytest.raises(UserError, match=f"the class order has {wrong}, not once"):
+    with pytest.raises(UserError, match=f"the class order must have {wrong}"):
         split_tasks(numbered_data(), 3, order)
 
 
-def test_labels_that_begin_at_one_are_refused():
+def test_labels_that_do_not_number_the_classes_are_refused():
     data = numbered_data()
     shifted = data._replace(train_labels=data.train_labels + 1, test_labels=data.test_labels + 1)
-    with pytest.raises(UserError, match="labels of 6 classes must be 0 to 5, not 1 to 6"):
+    with pytest.raises(UserError, match="training labels must be 0 to 5, not 1 to 6"):
         split_tasks(shifted, 3)
-    with pytest.raises(UserError, match="labels of 6 classes must be 0 to 5, not -1 to 5"):
+    with pytest.raises(UserError, match=r"classes without a training image: \['0'\]"):
+        split_tasks(shifted._replace(classes=[]), 3)
+    with pytest.raises(UserError, match="test labels must be 0 to 5, not -1 to 4"):
         split_tasks(data._replace(test_labels=data.test_labels - 1), 3)
+    rows = data.train_labels != 2
+    fewer = data._replace(
+        train_images=data.train_images[rows], train_labels=data.train_labels[rows]
+    )
+    with pytest.raises(UserError, match=r"classes without a training image: \['c2'\]"):
+        split_tasks(fewer, 3)
+    with pytest.raises(UserError, match="training labels must be 60 integers, .* shape .50,"):
+        split_tasks(data._replace(train_labels=data.train_labels[:50]), 3)
 
 
 def test_classes_without_names_are_counted():
@@ -1057,6 +1121,7 @@ def test_classes_without_names_are_counted():
 def test_split_tasks_takes_arrays_of_numpy():
     data = numbered_data()
     arrays = Task(*[value.numpy() for value in data[:4]], data.classes)
+    assert torch.equal(pah.hold_out(arrays, 0.2).test_images, pah.hold_out(data, 0.2).test_images)
     for task, like in zip(split_tasks(arrays, 3), split_tasks(data, 3), strict=True):
         assert torch.equal(task.train_images, like.train_images)
         assert torch.equal(task.test_labels, like.test_labels)
@@ -1109,8 +1174,8 @@ def test_an_order_of_classes_from_a_file(line, tmp_path):
         ("folder", "cannot read --class-order .*directory"),
         ("caf\xe9".encode("latin-1"), "cannot read --class-order .*utf-8"),
         (b"# my order\n0\n1\n", "there is no class # my order"),
-        (b"0\n1\n1\n", "the class order has pattern 1 2 times, not once"),
-        (b"\n".join(b"%d" % c for c in range(19)), "the class order has pattern 19 0 times"),
+        (b"0\n1\n1\n", "the class order must have pattern 1 once, not 2 times"),
+        (b"\n".join(b"%d" % c for c in range(19)), "must have pattern 19 once, not 0 times"),
     ],
 )
 def test_a_class_order_that_cannot_be_used_says_why(content, message, tmp_path):
@@ -1374,14 +1439,16 @@ def test_reading_says_how_many_images(folder, capsys):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="no data set cifar11: .* cifar10, cifar100, .* train/ and"):
+    with pytest.raises(
+        UserError, match="cannot read cifar11 as a data set: .* cifar10, cifar100, .* train/ and"
+    ):
         load_dataset("cifar11")
 
 
 def test_a_folder_without_classes(folder):
     for path in sorted((folder / "train").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match="Couldn't find any class folder"):
+    with pytest.raises(UserError, match="cannot read .* as a data set: .*find any class folder"):
         load_dataset(str(folder))
 
 
@@ -1518,6 +1585,17 @@ def test_a_damaged_checkpoint_is_named(content, learned, tmp_path):
     if content is not None:
         with pytest.raises(UserError, match=message):
             run_main(*RUN, "--out", tmp_path, "--resume")
+
+
+def test_a_checkpoint_of_another_program_is_told(tmp_path):
+    path = tmp_path / "seed0/checkpoint.pt"
+    path.parent.mkdir()
+    torch.save({"state_dict": {}}, path)
+    before = path.read_bytes()
+    for start in (lambda: load_checkpoint(path), lambda: run_main(*TINY, "--out", tmp_path)):
+        with pytest.raises(UserError, match=f"{path} was not written by pah.py"):
+            start()
+    assert path.read_bytes() == before
 
 
 def test_a_checkpoint_of_another_method_is_told(learned, tmp_path):
@@ -1760,6 +1838,7 @@ def test_the_default_output_folder_is_named_by_what_is_not_the_default(flags, ou
         ("--batch-size 0", "--batch-size must be 1 or more"),
         ("--epochs -1", "--epochs must be 1 or more"),
         ("--hidden 0", "--hidden must be 1 or more"),
+        ("--stop-after 0", "--stop-after must be 1 or more"),
         ("--device cuda:1", "--device: invalid choice: 'cuda:1'"),
         ("--device cuda", "--device cuda: torch finds no GPU here; use --device cpu"),
     ],

@@ -3,8 +3,7 @@
     python examples/baselines.py rehearsal --tasks 50 --width 16 --image-size 24 --epochs 6
     python examples/baselines.py thumbnails --tasks 50 --width 16 --image-size 24 --epochs 6
 
-Their results are in assets/results.md. In your own script, `Rehearsal(backbone, num_tasks, classes)`
-takes the place of `pah.PAH`.
+Their results are in assets/results.md. In your own script they take the place of `pah.PAH`.
 """
 
 import math

@@ -13,12 +13,14 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
 import baselines
+import torch
 from baselines import pah
 
 # options that do not name a setting: those that change no number, and those named apart
@@ -162,6 +164,7 @@ def draw_accuracy(result, path):
     from PIL import Image, ImageDraw
 
     R = result["accuracy"]
+    pah.require(pah.metrics(R)["FM"] is not None, "a picture needs tasks learned one by one")
     cell, left, top = 64, 56, 136
     size = (max(560, left + cell * len(R[-1])), top + cell * len(R))
     picture = Image.new("RGB", size, "white")
@@ -193,17 +196,19 @@ def draw_curves(groups, path):
     """AA after each task, mean over the seeds, a line per setting."""
     from PIL import Image, ImageDraw
 
-    if len(groups) != 1:
-        sys.exit(f"report.py: curves show one data set, but {len(groups)} were found")
+    pah.require(len(groups) == 1, f"curves show one data set, but {len(groups)} were found")
     ((group, settings),) = groups.items()
+    most = len(COLOURS)
+    pah.require(
+        len(settings) <= most, f"curves show {most} settings, but {len(settings)} were found"
+    )
     means = {}
     for (name, precision), seeds in settings.items():
         if pah.metrics(next(iter(seeds.values()))["accuracy"])["FM"] is not None:  # not joint
             curves = [[mean(row) for row in result["accuracy"]] for result in seeds.values()]
-            words = (*name.split(), precision)
-            means[words] = [mean(values) for values in zip(*curves, strict=True)]
-    if not means:
-        sys.exit("report.py: curves need tasks learned one after the other")
+            parts = (*re.split(" (?=--)", name), precision)  # an option with its value is one
+            means[parts] = [mean(values) for values in zip(*curves, strict=True)]
+    pah.require(means, "curves need tasks learned one after the other")
     shared = set.intersection(*map(set, means))
     num_tasks = max(map(len, means.values()))
     lowest = min(90, min(map(min, means.values())) // 10 * 10)
@@ -225,10 +230,10 @@ def draw_curves(groups, path):
         x = place(number - 1, lowest)[0]
         canvas.text((x, bottom + 10), str(number), "black", font_size=26, anchor="mt")
     canvas.text((right, bottom + 44), "tasks learned", "black", font_size=26, anchor="rt")
-    for i, (words, curve) in enumerate(means.items()):
+    for i, (parts, curve) in enumerate(means.items()):
         colour = COLOURS[i % len(COLOURS)]
         canvas.line([place(k, accuracy) for k, accuracy in enumerate(curve)], colour, width=4)
-        label = " ".join(word for word in words if word not in shared) or "PAH"
+        label = " ".join(part for part in parts if part not in shared) or "PAH"
         y = bottom - 34 * (len(means) - i)
         canvas.line([(left + 12, y), (left + 52, y)], colour, width=6)
         canvas.text((left + 64, y), label, "black", font_size=26, anchor="lm")
@@ -256,10 +261,14 @@ def draw_prototypes(folder, path):
     from torchvision.transforms.functional import to_pil_image
 
     checkpoint = folder / "checkpoint.pt"
-    saved = pah.load_file(checkpoint, map_location="cpu")["results"]
-    args = argparse.Namespace(**saved["args"])
-    if vars(args).get("method", "pah") not in ("pah", "rehearsal"):
-        raise pah.UserError(f"{folder} is a run of {args.method}, not of PAH")
+    saved, _ = pah.load_run(checkpoint)
+    method = saved["args"].get("method", "pah")
+    pah.require(method in ("pah", "rehearsal"), f"{folder} is a run of {method}, not of PAH")
+    args = argparse.Namespace(**vars(pah.parse_args([])) | saved["args"])
+    pah.require(
+        args.device == "cpu" or torch.cuda.is_available(),
+        f"{folder} began on a GPU: to draw its first prototypes again takes one",
+    )
     last = pah.load_checkpoint(checkpoint).prototypes.detach()[: len(saved["accuracy"])]
     first = first_prototypes(args, saved["seed"])
     cell, left, top, gap = 64, 56, 136, 32
@@ -294,24 +303,28 @@ def main(argv=None):
     parser.add_argument("--prototypes", help="instead: draw the prototypes of a single run")
     parser.add_argument("--curves", help="instead: draw AA after each task, a line per setting")
     args = parser.parse_args(argv)
+    for picture in (args.picture, args.prototypes, args.curves):
+        if picture and not picture.endswith(".png"):
+            parser.error(f"{picture}: pictures are .png files")
+    groups = {}
+    if not (args.picture or args.prototypes):
+        groups = collect(args.folders)
+        pah.require(groups, f"no finished run below {' '.join(args.folders)}")
     if args.curves:
-        draw_curves(collect(args.folders), args.curves)
+        draw_curves(groups, args.curves)
         return
     if args.picture or args.prototypes:
         paths = list(find_results(args.folders))
-        if len(paths) != 1:
-            sys.exit(f"report.py: a picture shows one run, but {len(paths)} were found")
+        pah.require(len(paths) == 1, f"a picture shows one run, but {len(paths)} were found")
         if args.picture:
-            result = json.loads(paths[0].read_text())
-            check(result)
+            with pah.user_error(f"cannot read {paths[0]}"):
+                result = json.loads(paths[0].read_text())
+                check(result)
             draw_accuracy(result, args.picture)
         if args.prototypes:
             draw_prototypes(paths[0].parent, args.prototypes)
         return
     printers = {"text": print_text, "markdown": print_markdown, "latex": print_latex}
-    groups = collect(args.folders)
-    if not groups:
-        sys.exit(f"report.py: no finished run below {' '.join(args.folders)}")
     for group, settings in groups.items():
         printers[args.format](group, table(group, settings))
 
@@ -320,5 +333,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # where the terminal has no ±
     try:
         main()
-    except ValueError as error:  # also pah.UserError
+    except pah.UserError as error:
         sys.exit(f"report.py: {error}")

@@ -12,6 +12,7 @@ import baselines
 import bench
 import pytest
 import report
+import torch
 from baselines import pah
 from PIL import Image, ImageColor
 
@@ -93,7 +94,7 @@ def test_what_is_not_a_finished_run_is_left_out(leave, tmp_path, capsys):
 
 
 def test_no_finished_run(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run below"):
+    with pytest.raises(pah.UserError, match="no finished run below"):
         report.main([str(tmp_path)])
 
 
@@ -176,7 +177,7 @@ def test_the_picture_of_prototypes_shows_where_they_started(tmp_path):
 def test_a_picture_shows_a_single_run(leave, tmp_path):
     leave("a", 0, 80.0)
     leave("a", 1, 80.0)
-    with pytest.raises(SystemExit, match="one run, but 2 were found"):
+    with pytest.raises(pah.UserError, match="one run, but 2 were found"):
         report.main([str(tmp_path), "--picture", str(tmp_path / "a.png")])
 
 
@@ -234,6 +235,55 @@ def test_pictures_of_what_is_no_number_are_refused(leave, tmp_path):
     assert not picture.exists()
 
 
+def test_a_picture_is_a_png_file(leave, tmp_path, capsys):
+    path = leave("a", 0, 80.0)
+    before = path.read_bytes()
+    for option in ("--picture", "--curves", "--prototypes"):
+        with pytest.raises(SystemExit):
+            report.main([str(tmp_path), option, str(path)])
+        assert "pictures are .png files" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_curves_are_named_by_whole_options(leave, tmp_path, monkeypatch):
+    """--epochs 8 is not hidden by --hidden 8 of all runs."""
+    from PIL import ImageDraw
+
+    leave("a", 0, 20.0, epochs=8, hidden=8)
+    leave("b", 0, 30.0, epochs=9, hidden=8)
+    texts, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda *a, **k: (texts.append(a[2]), text(*a, **k))
+    )
+    report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
+    assert texts[-2:] == ["--epochs 8", "--epochs 9"]
+
+
+def test_curves_of_more_settings_than_colours_are_refused(leave, tmp_path):
+    for i in range(len(report.COLOURS) + 1):
+        leave(f"run{i}", 0, 50.0, epochs=i)
+    with pytest.raises(pah.UserError, match="curves show 6 settings, but 7 were found"):
+        report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
+
+
+def test_a_picture_of_joint_training_is_refused(leave, tmp_path):
+    path = leave("a", 0, 80.0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": [[80.0, 90.0]]}))
+    assert "one by one" in end_of_report(tmp_path, "--picture", tmp_path / "a.png")
+
+
+def test_prototypes_of_a_gpu_need_one(tmp_path, monkeypatch):
+    flags = "--dataset synthetic --tasks 5 --stop-after 1 --width 4 --epochs 1 --device cpu"
+    pah.main([*flags.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "seed0/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["results"]["args"]["device"] = "cuda"
+    torch.save(saved, path)
+    with pytest.raises(pah.UserError, match="began on a GPU"):
+        report.main([str(tmp_path), "--prototypes", str(tmp_path / "a.png")])
+
+
 @pytest.mark.parametrize("method", ["joint", "lwf", "thumbnails"])
 def test_prototypes_of_another_method_are_refused(method, tmp_path):
     flags = "--dataset synthetic --tasks 5 --width 4 --epochs 1 --precision fp32 --device cpu"
@@ -251,7 +301,7 @@ def test_prototypes_without_a_checkpoint_are_refused(leave, tmp_path):
 def test_curves_show_one_data_set(leave, tmp_path):
     leave("a", 0, 80.0)
     leave("b", 0, 80.0, dataset="mnist")
-    with pytest.raises(SystemExit, match="one data set, but 2 were found"):
+    with pytest.raises(pah.UserError, match="one data set, but 2 were found"):
         report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
 
 
