@@ -78,24 +78,25 @@ Task = namedtuple(
 )
 
 
-def check_arrays(images, labels, classes, which):
-    """Raise UserError unless the `which` images and labels are as in a Task of so many classes."""
-    with user_error(f"the {which} images and labels must be arrays"):
+def check_arrays(images, labels, classes, part, of_task=""):
+    """Raise UserError unless images and labels are as in a Task of so many classes."""
+    with user_error(f"the {part} images and labels{of_task} must be arrays"):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    found, side = f"not {images.dtype} of shape {tuple(images.shape)}", images.shape[-1]
+    side = images.shape[-1]
+    found = f"not {images.dtype} of shape {tuple(images.shape)}"
     require(
         images.dtype == torch.uint8 and images.shape[1:] == (3, side, side) and len(images),
-        f"the {which} images must be uint8 of shape (N > 0, 3, S, S), {found}",
+        f"the {part} images{of_task} must be uint8 of shape (N > 0, 3, S, S), {found}",
     )
     found = f"not {labels.dtype} of shape {tuple(labels.shape)}"
     require(
         labels.shape == images.shape[:1] and not labels.is_floating_point(),
-        f"the {which} labels must be {len(images)} integers, one per image, {found}",
+        f"the {part} labels{of_task} must be {len(images)} integers, one per image, {found}",
     )
     lowest, highest = labels.long().aminmax()
     require(
         lowest >= 0 and highest < classes,
-        f"the {which} labels must be 0 to {classes - 1}, not {lowest} to {highest}",
+        f"the {part} labels{of_task} must be 0 to {classes - 1}, not {lowest} to {highest}",
     )
 
 
@@ -367,7 +368,7 @@ def evaluate(model, tasks, batch_size=256):
     device = next(model.parameters()).device
     row, class_incremental = [], []
     for k, task in enumerate(tasks):
-        check_arrays(task.test_images, task.test_labels, math.inf, f"test (task {k + 1})")
+        check_arrays(task.test_images, task.test_labels, math.inf, "test", f" of task {k + 1}")
         labels = torch.as_tensor(task.test_labels).to(device).long()
         batches = torch.as_tensor(task.test_images).split(batch_size)
         with in_eval_mode(model):
@@ -514,13 +515,13 @@ def check_tasks(model, tasks):
     num_tasks, classes = getattr(model, "limits", (math.inf, math.inf))
     require(len(tasks) <= num_tasks, f"{len(tasks)} tasks, but the model was made for {num_tasks}")
     for k, task in enumerate(tasks, start=1):
-        check_arrays(task.train_images, task.train_labels, classes, f"training (task {k})")
-        check_arrays(task.test_images, task.test_labels, classes, f"test (task {k})")
+        check_arrays(task.train_images, task.train_labels, classes, "training", f" of task {k}")
+        check_arrays(task.test_images, task.test_labels, classes, "test", f" of task {k}")
         same = task.train_images.shape[1:] == task.test_images.shape[1:]
         require(same, f"training and test images of task {k} differ in size")
         trained, tested = torch.as_tensor(task.train_labels), torch.as_tensor(task.test_labels)
         unseen = set(tested.tolist()) - set(trained.tolist())
-        require(not unseen, f"task {k} tests classes without a training image: {unseen}")
+        require(not unseen, f"task {k} has test images, but no training images of classes {unseen}")
 
 
 class Losses(nn.Module):

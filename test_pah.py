@@ -823,18 +823,18 @@ def untrained_class(task):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (floats, r"the test \(task 2\) images must be uint8 .*, not torch.float32"),
-        (of_numpy_floats, r"the training \(task 2\) images must be uint8 .*, not torch.float64"),
-        (channels_last, r"training \(task 2\) images .* \(N > 0, 3, S, S\), .* \(12, 8, 8, 3\)"),
-        (no_squares, r"test \(task 2\) images .* \(N > 0, 3, S, S\), .* \(12, 3, 5, 8\)"),
-        (no_test_images, r"test \(task 2\) images .* \(N > 0, .* of shape \(0, 3, 8, 8\)"),
-        (no_arrays, r"the test \(task 2\) images and labels must be arrays"),
-        (too_many_labels, r"training \(task 2\) labels must be 12 integers, .* shape \(20,\)"),
-        (float_labels, r"training \(task 2\) labels must be 12 integers, .* not torch.float32"),
-        (labels_of_the_data_set, r"training \(task 2\) labels must be 0 to 1, not 2 to 3"),
-        (wrong_test_labels, r"test \(task 2\) labels must be 0 to 1, not 2 to 3"),
-        (negative_labels, r"training \(task 2\) labels must be 0 to 1, not -1 to 0"),
-        (untrained_class, "task 2 tests classes without a training image: {1}"),
+        (floats, r"the test images of task 2 must be uint8 .*, not torch.float32"),
+        (of_numpy_floats, r"the training images of task 2 must be uint8 .*, not torch.float64"),
+        (channels_last, r"training images of task 2 .* \(N > 0, 3, S, S\), .* \(12, 8, 8, 3\)"),
+        (no_squares, r"test images of task 2 .* \(N > 0, 3, S, S\), .* \(12, 3, 5, 8\)"),
+        (no_test_images, r"test images of task 2 .* \(N > 0, .* of shape \(0, 3, 8, 8\)"),
+        (no_arrays, r"the test images and labels of task 2 must be arrays"),
+        (too_many_labels, r"training labels of task 2 must be 12 integers, .* shape \(20,\)"),
+        (float_labels, r"training labels of task 2 must be 12 integers, .* not torch.float32"),
+        (labels_of_the_data_set, r"training labels of task 2 must be 0 to 1, not 2 to 3"),
+        (wrong_test_labels, r"test labels of task 2 must be 0 to 1, not 2 to 3"),
+        (negative_labels, r"training labels of task 2 must be 0 to 1, not -1 to 0"),
+        (untrained_class, "task 2 has test images, but no training images of classes {1}"),
         (larger_test_images, "training and test images of task 2 differ in size"),
     ],
 )
@@ -877,7 +877,7 @@ def test_gradients_of_an_interrupted_step_are_not_added_to_the_next():
 
 @pytest.mark.parametrize("labels", [torch.zeros(12, 1).long(), torch.zeros(1).long()])
 def test_evaluate_refuses_labels_that_are_not_one_per_image(labels):
-    with pytest.raises(UserError, match=r"the test \(task 1\) labels must be 12 integers"):
+    with pytest.raises(UserError, match=r"the test labels of task 1 must be 12 integers"):
         pah.evaluate(small_pah(), [own_arrays()._replace(test_labels=labels)])
 
 
