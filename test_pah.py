@@ -918,6 +918,19 @@ def test_the_progress_line_fits_a_terminal(capsys):
     assert len(line) == 80
 
 
+def test_the_line_of_a_task_fits_a_terminal(tmp_path, capsys):
+    """The tenth of ten tasks that took an hour each."""
+    run_main(*TINY, "--tasks", 10, "--stop-after", 1, "--out", tmp_path)
+    path = tmp_path / "seed0/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["results"] |= {"accuracy": [[100.0] * (k + 1) for k in range(9)], "seconds": 35_990.0}
+    torch.save(saved, path)
+    run_main(*TINY, "--tasks", 10, "--out", tmp_path, "--resume")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("task 10/10")
+    assert max(len(line) for line in lines if line.startswith("task")) <= 80
+
+
 def test_compile_makes_no_graph_after_the_second_task(monkeypatch):
     """With a backend that needs no C++ compiler."""
     from torch._dynamo.utils import counters

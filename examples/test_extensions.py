@@ -187,6 +187,14 @@ def test_two_processes_are_the_run_of_one(tmp_path):
         command += ["--lr", "0.002", "--out", tmp_path / out]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("AA") == 4  # after three tasks and at the end
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=0.005, msg=name)
+
+
+def test_other_methods_run_in_one_process():
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launch, HERE / "baselines.py", "lwf", "--dataset", "synthetic"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "error: only pah and rehearsal run with several processes" in done.stderr
