@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
-# ImageNet's mean and standard deviation, so that no later task is looked at
+# ImageNet's mean and standard deviation, so that no statistics come from later tasks
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 ABSENT = -1e4  # the logit of a class that a task does not have
@@ -58,13 +58,13 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def user_error(message):
-    """Turn what fails within into a UserError: `message` and, in brackets, the reason."""
+    """Re-raise any exception in the block as a UserError that reads `message (reason)`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # torch and Pillow raise many kinds for a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise UserError(f"{message} ({reason})") from error
 
 
@@ -79,7 +79,7 @@ Task = namedtuple(
 
 
 def check_arrays(images, labels, classes, part, of_task=""):
-    """Raise UserError unless images and labels are as in a Task of so many classes."""
+    """Raise UserError unless images and labels have the format of a Task with so many classes."""
     with user_error(f"the {part} images and labels{of_task} must be arrays"):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     side = images.shape[-1]
@@ -163,7 +163,7 @@ class Hypernetwork(nn.Module):
 def feature_dim(backbone, size):
     """D of a backbone, found by passing one grey image as small as a prototype, as L_sp does."""
     device = next(backbone.parameters(), torch.empty(0)).device
-    with user_error("the backbone cannot be copied, as a teacher needs to be"):
+    with user_error("the backbone cannot be copied, which the teacher requires"):
         backbone = copy.deepcopy(backbone).eval()
     with user_error(
         f"the backbone fails on 3 x {size} x {size} values, the size of a prototype; "
@@ -297,23 +297,23 @@ def soft_loss_main(logits, teacher, images, temperature=2.0):
 
 
 @contextlib.contextmanager
-def in_eval_mode(model, frozen=()):
-    """Eval mode, without gradients for `frozen`, parameters that learn; then all is as it was."""
+def in_eval_mode(model, constants=()):
+    """Eval mode, with gradients off for the trainable parameters `constants`; restores both."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        for p in frozen:
+        for p in constants:
             p.requires_grad_(False)
         yield
     finally:  # also after Ctrl-C
-        for p in frozen:
+        for p in constants:
             p.requires_grad_(True)
         for module, mode in training.items():
             module.training = mode
 
 
 def soft_loss_prototypes(model, teacher, task):
-    """L_sp (Eq. 6) on the prototypes of tasks before `task`: mean over a task's, sum over tasks.
+    """L_sp (Eq. 6) on the prototypes of tasks before `task`: mean in each task, sum over tasks.
 
     BatchNorm uses its running statistics and leaves them alone. The gradient reaches the
     prototypes only; for the teacher they are constants.
@@ -322,7 +322,7 @@ def soft_loss_prototypes(model, teacher, task):
     with torch.no_grad():
         old = teacher.prototype_logits(prototypes)
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.prototypes]
-    with in_eval_mode(model, frozen=weights):
+    with in_eval_mode(model, constants=weights):
         new = model.prototype_logits(prototypes)
     present = model.present[:task].float()
     scale = present / present.mean(1, keepdim=True)  # 1 where a task has all C classes
@@ -346,8 +346,8 @@ def forgetting(R):
 
 
 def metrics(R):
-    """AA, FM, BWT and LA by name; only AA if tasks were not learned one after the other."""
-    if len(R[0]) != 1:  # joint training has nothing but the last row
+    """AA, FM, BWT and LA by name; only AA for joint training, which has but the last row."""
+    if len(R[0]) != 1:
         return {"AA": average_accuracy(R), "FM": None, "BWT": None, "LA": None}
     learned = [row[-1] for row in R]
     return {
@@ -366,9 +366,10 @@ def evaluate(model, tasks, batch_size=256):
     the largest logit of all heads decides.
     """
     device = next(model.parameters()).device
+    _, classes = getattr(model, "limits", (math.inf, math.inf))
     row, class_incremental = [], []
     for k, task in enumerate(tasks):
-        check_arrays(task.test_images, task.test_labels, math.inf, "test", f" of task {k + 1}")
+        check_arrays(task.test_images, task.test_labels, classes, "test", f" of task {k + 1}")
         labels = torch.as_tensor(task.test_labels).to(device).long()
         batches = torch.as_tensor(task.test_images).split(batch_size)
         with in_eval_mode(model):
@@ -521,7 +522,7 @@ def check_tasks(model, tasks):
         require(same, f"training and test images of task {k} differ in size")
         trained, tested = torch.as_tensor(task.train_labels), torch.as_tensor(task.test_labels)
         unseen = set(tested.tolist()) - set(trained.tolist())
-        require(not unseen, f"task {k} has test images, but no training images of classes {unseen}")
+        require(not unseen, f"task {k} has test images but no training images of classes {unseen}")
 
 
 class Losses(nn.Module):
@@ -584,7 +585,7 @@ def learn(
     if compile:
         model.backbone.compile()
     if hasattr(model, "present") and model.present.any() and not R:
-        print("this model has learned before: a fresh run needs a new one", file=sys.stderr)
+        print("this model was trained before; a fresh run needs a new one", file=sys.stderr)
     R = list(R)
     for k in range(len(R), len(tasks)):
         start = printed = time.perf_counter()
@@ -605,7 +606,7 @@ def learn(
 
         # each task has new optimizers and one cycle of their learning rates
         model.train()
-        model.zero_grad()  # of what was interrupted
+        model.zero_grad()  # of a step that was interrupted
         per_step = min(batch_size, len(images)) // WORLD * WORLD
         steps = len(images) // per_step  # per epoch; the rest of its random order is dropped
         optimizers = make_optimizers(model, lr, hyper_lr, proto_lr, weight_decay, dtype)
@@ -762,7 +763,7 @@ def read_images(paths, size):
     """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
 
     Photos are turned as their EXIF data says. Raises UserError, with the path, for files that are
-    not images, and for more than 8 bits per channel, which Pillow would clip.
+    not images, and for grey ones of more than 8 bits, which Pillow would clip.
     """
     from PIL import Image, ImageOps
     from torchvision import transforms as T
@@ -775,7 +776,7 @@ def read_images(paths, size):
         with user_error(f"cannot read the image {paths[i]}"), Image.open(paths[i]) as image:
             require(
                 image.mode[0] not in "IF",
-                f"{paths[i]} has more than 8 bits per channel: convert it first",
+                f"{paths[i]} has more than 8 bits per pixel: convert it first",
             )
             images[i] = transform(ImageOps.exif_transpose(image).convert("RGB"))
 
@@ -892,18 +893,22 @@ def select(images, labels, members):
 def split_tasks(data, tasks=10, order=None):
     """Cut a data set into a list of Task, with labels from 0 in each.
 
-    `tasks` is their number (equally large; the first gets the remainder) or a list of classes per
+    `tasks` is the number of equal tasks (the first takes the remainder) or a list of classes per
     task. `order` lists the numbers of the classes; None: by label. Raises UserError for tasks that
     cannot be made, and for labels that do not number the classes from 0.
     """
+    check_arrays(data.train_images, data.train_labels, math.inf, "training")
+    check_arrays(data.test_images, data.test_labels, math.inf, "test")
     data = Task(*map(torch.as_tensor, data[:4]), data.classes)
     trained, tested = set(data.train_labels.tolist()), set(data.test_labels.tolist())
     n = len(data.classes) or 1 + max(trained | tested)
     classes = list(data.classes) or [str(c) for c in range(n)]
-    check_arrays(data.train_images, data.train_labels, n, "training")
-    check_arrays(data.test_images, data.test_labels, n, "test")
-    missing = sorted(set(range(n)) - trained)
-    require(not missing, f"classes without a training image: {[classes[c] for c in missing][:5]}")
+    wrong = sorted((trained ^ set(range(n))) | (tested - set(range(n))))
+    require(
+        not wrong,
+        f"{n} classes need labels from 0 to {n - 1}, and each of them training images: "
+        f"see labels {wrong[:5]}",
+    )
     sizes = tasks
     if isinstance(tasks, int):
         each = n // max(1, tasks)
@@ -915,7 +920,8 @@ def split_tasks(data, tasks=10, order=None):
     order = list(range(n) if order is None else order)
     for c in range(n):
         times = order.count(c)
-        require(times == 1, f"the class order must have {classes[c]} once, not {times} times")
+        require(times == 1, f"the class order must list {classes[c]} once, not {times} times")
+    require(len(order) == n, f"the class order lists {len(order)} classes, but there are {n}")
     split = []
     for members in torch.tensor(order).split(sizes):
         train = select(data.train_images, data.train_labels, members)
@@ -978,13 +984,13 @@ def make_parser():
     either("--shuffle-classes", action="store_true", help="class order by seed, not by label")
     either("--class-order", help="file with one class per line, names or numbers")
     add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
-    add("--stop-after", type=int, help="learn only the first tasks, this many")
+    add("--stop-after", type=int, help="stop after this many tasks")
     # method
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")
     add("--mu", type=float, default=1.0, help="weight of L_sp (Eq. 6)")
     add("--temperature", type=float, default=2.0, help="of both distillations")
     add("--proto-size", type=int, default=10, help="side of a prototype in pixels")
-    add("--proto-init", choices=("semantic", "random"), default="semantic", help="image or noise")
+    add("--proto-init", choices=("semantic", "random"), default="semantic", help="images or noise")
     add("--hidden", type=int, default=64, help="width of the hypernetwork")
     add("--stem", choices=("3x3", "7x7"), default="3x3", help="7x7 for large images")
     add("--width", type=int, default=64, help="of the backbone; D is 8 times this")
@@ -1018,12 +1024,13 @@ def check_options(args):
         args.device == "cpu" or torch.cuda.is_available(),
         "--device cuda: torch finds no GPU here; use --device cpu",
     )
-    for name, least in {"epochs": 1, "batch_size": WORLD, "hidden": 1, "stop_after": 1}.items():
+    least_values = {"epochs": 1, "batch_size": WORLD, "hidden": 1, "stop_after": 1, "image_size": 1}
+    for name, least in least_values.items():
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
-        require(value is None or value >= least, f"{option} must be {least} or more")
+        require(value is None or value >= least, f"{option} must be at least {least}")
     require(
         args.stem == "3x3" or args.width == 64,
-        "--stem 7x7 and --pretrained are torchvision's ResNet-18, of --width 64",
+        "--stem 7x7 and --pretrained use torchvision's ResNet-18, which has --width 64",
     )
     require(0 <= args.val_fraction < 1, "--val-fraction must be at least 0 and below 1")
 
@@ -1072,7 +1079,8 @@ def make_backbone(args):
         return ResNet18(args.width)
     from torchvision.models import resnet18
 
-    backbone = resnet18(weights="DEFAULT" if args.pretrained else None)
+    with user_error("cannot load ImageNet weights: without a network put them into torch's cache"):
+        backbone = resnet18(weights="DEFAULT" if args.pretrained else None)
     backbone.fc = nn.Identity()
     return backbone.to(memory_format=torch.channels_last)
 
@@ -1096,7 +1104,7 @@ def build(args, num_tasks, classes, method=PAH):
 def load_checkpoint(path, device="cpu"):
     """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
     results, weights = load_run(path, device)
-    defaults = vars(make_parser().parse_args([]))  # of options that are newer than the run
+    defaults = vars(make_parser().parse_args([]))  # for options added since the run
     args = argparse.Namespace(**defaults | results["args"] | {"pretrained": False})
     model = build(args, *weights["present"].shape)
     with user_error(f"{path} is not a run of PAH"):

@@ -537,6 +537,15 @@ def test_large_images_have_torchvisions_network(monkeypatch):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+def test_pretrained_weights_without_a_network(monkeypatch):
+    def offline(weights):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models.resnet18", offline)
+    with pytest.raises(UserError, match="cannot load ImageNet weights: .*Name or service"):
+        pah.make_backbone(pah.parse_args([*RUN, "--pretrained"]))
+
+
 def test_pretrained_weights_are_torchvisions_and_loaded_once(tmp_path, monkeypatch):
     from torchvision.models import resnet18
 
@@ -834,7 +843,7 @@ def untrained_class(task):
         (labels_of_the_data_set, r"training labels of task 2 must be 0 to 1, not 2 to 3"),
         (wrong_test_labels, r"test labels of task 2 must be 0 to 1, not 2 to 3"),
         (negative_labels, r"training labels of task 2 must be 0 to 1, not -1 to 0"),
-        (untrained_class, "task 2 has test images, but no training images of classes {1}"),
+        (untrained_class, "task 2 has test images but no training images of classes {1}"),
         (larger_test_images, "training and test images of task 2 differ in size"),
     ],
 )
@@ -860,7 +869,7 @@ def test_a_model_that_learns_again_is_noticed(capsys):
     pah.learn(model, tasks, epochs=1, R=R)
     assert capsys.readouterr().err == ""
     pah.learn(model, tasks, epochs=1)
-    assert "this model has learned before" in capsys.readouterr().err
+    assert "this model was trained before" in capsys.readouterr().err
 
 
 def test_gradients_of_an_interrupted_step_are_not_added_to_the_next():
@@ -879,6 +888,12 @@ def test_gradients_of_an_interrupted_step_are_not_added_to_the_next():
 def test_evaluate_refuses_labels_that_are_not_one_per_image(labels):
     with pytest.raises(UserError, match=r"the test labels of task 1 must be 12 integers"):
         pah.evaluate(small_pah(), [own_arrays()._replace(test_labels=labels)])
+
+
+def test_evaluate_refuses_labels_that_the_model_does_not_have():
+    task = own_arrays(classes=C)
+    with pytest.raises(UserError, match="the test labels of task 1 must be 0 to 2, not 3 to 5"):
+        pah.evaluate(small_pah(), [task._replace(test_labels=task.test_labels + 3)])
 
 
 class Clock:
@@ -1042,7 +1057,7 @@ def test_two_processes_are_the_run_of_one(two_processes, tmp_path, monkeypatch):
 
 def test_a_batch_has_an_image_for_each_process(tmp_path):
     done = torchrun(HERE / "pah.py", *TINY, "--batch-size", 1, "--out", tmp_path, check=False)
-    assert "pah.py: --batch-size must be 2 or more" in done.stderr
+    assert "pah.py: --batch-size must be at least 2" in done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -1095,33 +1110,41 @@ def test_tasks_that_cannot_be_made(tasks):
 @pytest.mark.parametrize(
     "order, wrong",
     [
-        ([0, 1, 2, 3, 4], "c5 once, not 0 times"),
-        ([0, 1, 2, 3, 4, 4], "c4 once, not 2 times"),
-        ([1, 2, 3, 4, 5, 6], "c0 once, not 0 times"),
+        ([0, 1, 2, 3, 4], "must list c5 once, not 0 times"),
+        ([0, 1, 2, 3, 4, 4], "must list c4 once, not 2 times"),
+        ([1, 2, 3, 4, 5, 6], "must list c0 once, not 0 times"),
+        ([0, 1, 2, 3, 4, 5, 6], "lists 7 classes, but there are 6"),
     ],
 )
 def test_an_order_must_name_each_class_once(order, wrong):
-    with pytest.raises(UserError, match=f"the class order must have {wrong}"):
+    with pytest.raises(UserError, match=f"the class order {wrong}"):
         split_tasks(numbered_data(), 3, order)
 
 
 def test_labels_that_do_not_number_the_classes_are_refused():
     data = numbered_data()
     shifted = data._replace(train_labels=data.train_labels + 1, test_labels=data.test_labels + 1)
-    with pytest.raises(UserError, match="training labels must be 0 to 5, not 1 to 6"):
+    with pytest.raises(
+        UserError, match=r"6 classes need labels from 0 to 5, .* see labels \[0, 6\]"
+    ):
         split_tasks(shifted, 3)
-    with pytest.raises(UserError, match=r"classes without a training image: \['0'\]"):
+    with pytest.raises(UserError, match=r"7 classes need labels from 0 to 6, .* see labels \[0\]"):
         split_tasks(shifted._replace(classes=[]), 3)
-    with pytest.raises(UserError, match="test labels must be 0 to 5, not -1 to 4"):
+    with pytest.raises(UserError, match="test labels must be 0 to inf, not -1 to 4"):
         split_tasks(data._replace(test_labels=data.test_labels - 1), 3)
     rows = data.train_labels != 2
     fewer = data._replace(
         train_images=data.train_images[rows], train_labels=data.train_labels[rows]
     )
-    with pytest.raises(UserError, match=r"classes without a training image: \['c2'\]"):
+    with pytest.raises(UserError, match=r"training images: see labels \[2\]"):
         split_tasks(fewer, 3)
     with pytest.raises(UserError, match="training labels must be 60 integers, .* shape .50,"):
         split_tasks(data._replace(train_labels=data.train_labels[:50]), 3)
+    with pytest.raises(UserError, match="training labels must be 60 integers, .* shape .60, 1"):
+        split_tasks(data._replace(train_labels=data.train_labels[:, None]), 3)
+    beyond = data._replace(test_labels=data.test_labels + 1)
+    with pytest.raises(UserError, match=r"see labels \[6\]"):
+        split_tasks(beyond, 3)
 
 
 def test_classes_without_names_are_counted():
@@ -1187,8 +1210,8 @@ def test_an_order_of_classes_from_a_file(line, tmp_path):
         ("folder", "cannot read --class-order .*directory"),
         ("caf\xe9".encode("latin-1"), "cannot read --class-order .*utf-8"),
         (b"# my order\n0\n1\n", "there is no class # my order"),
-        (b"0\n1\n1\n", "the class order must have pattern 1 once, not 2 times"),
-        (b"\n".join(b"%d" % c for c in range(19)), "must have pattern 19 once, not 0 times"),
+        (b"0\n1\n1\n", "the class order must list pattern 1 once, not 2 times"),
+        (b"\n".join(b"%d" % c for c in range(19)), "must list pattern 19 once, not 0 times"),
     ],
 )
 def test_a_class_order_that_cannot_be_used_says_why(content, message, tmp_path):
@@ -1483,7 +1506,7 @@ def test_an_image_that_cannot_be_read_is_named(content, folder):
 @pytest.mark.parametrize("name, mode, value", [("a.png", "I;16", 40_000), ("a.tiff", "F", 0.5)])
 def test_an_image_of_more_than_8_bits_is_refused(name, mode, value, folder):
     save_image(folder / "val/cat" / name, value, mode)
-    with pytest.raises(UserError, match=f"cat/{name} has more than 8 bits per channel"):
+    with pytest.raises(UserError, match=f"cat/{name} has more than 8 bits per pixel"):
         load_dataset(str(folder))
 
 
@@ -1843,15 +1866,15 @@ def test_the_default_output_folder_is_named_by_what_is_not_the_default(flags, ou
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--pretrained --width 16", "of --width 64"),
-        ("--stem 7x7 --width 16", "of --width 64"),
+        ("--pretrained --width 16", "which has --width 64"),
+        ("--stem 7x7 --width 16", "which has --width 64"),
         ("--augment flip", "--augment: invalid choice"),
         ("--val-fraction 1", "--val-fraction must be"),
         ("--class-order x --shuffle-classes", "not allowed with argument --class-order"),
-        ("--batch-size 0", "--batch-size must be 1 or more"),
-        ("--epochs -1", "--epochs must be 1 or more"),
-        ("--hidden 0", "--hidden must be 1 or more"),
-        ("--stop-after 0", "--stop-after must be 1 or more"),
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--epochs -1", "--epochs must be at least 1"),
+        ("--hidden 0", "--hidden must be at least 1"),
+        ("--stop-after 0", "--stop-after must be at least 1"),
         ("--device cuda:1", "--device: invalid choice: 'cuda:1'"),
         ("--device cuda", "--device cuda: torch finds no GPU here; use --device cpu"),
     ],

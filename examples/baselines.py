@@ -661,7 +661,7 @@ METHODS = {
 }
 # the options that not all methods know
 NOT_ALL = ("lam", "mu", "temperature", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
-NOT_ALL += ("stem", "pretrained", "buffer_size")
+NOT_ALL += ("pretrained", "stem", "buffer_size")
 
 
 def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):

@@ -198,18 +198,16 @@ def draw_curves(groups, path):
 
     pah.require(len(groups) == 1, f"curves show one data set, but {len(groups)} were found")
     ((group, settings),) = groups.items()
-    most = len(COLOURS)
-    pah.require(
-        len(settings) <= most, f"curves show {most} settings, but {len(settings)} were found"
-    )
     means = {}
     for (name, precision), seeds in settings.items():
         if pah.metrics(next(iter(seeds.values()))["accuracy"])["FM"] is not None:  # not joint
             curves = [[mean(row) for row in result["accuracy"]] for result in seeds.values()]
-            parts = (*re.split(" (?=--)", name), precision)  # an option with its value is one
+            parts = (*re.split(" (?=--)", name), precision)  # the method, options with values
             means[parts] = [mean(values) for values in zip(*curves, strict=True)]
     pah.require(means, "curves need tasks learned one after the other")
-    shared = set.intersection(*map(set, means))
+    most = len(COLOURS)
+    pah.require(len(means) <= most, f"curves show {most} settings, but {len(means)} were found")
+    shared = set.intersection(*map(set, means)) - set(baselines.METHODS)
     num_tasks = max(map(len, means.values()))
     lowest = min(90, min(map(min, means.values())) // 10 * 10)
     left, right, top, bottom = 80, 1180, 60, 620

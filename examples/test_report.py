@@ -259,6 +259,22 @@ def test_curves_are_named_by_whole_options(leave, tmp_path, monkeypatch):
     assert texts[-2:] == ["--epochs 8", "--epochs 9"]
 
 
+def test_curves_are_named_by_their_methods(leave, tmp_path, monkeypatch):
+    from PIL import ImageDraw
+
+    leave("a", 0, 20.0, method="lwf")
+    leave("b", 0, 30.0, method="lwf", lam=2.0)
+    leave("c", 0, 40.0)
+    texts, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda *a, **k: (texts.append(a[2]), text(*a, **k))
+    )
+    report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--curves", str(tmp_path / "a.png")])
+    assert texts[-2:] == ["lwf", "lwf --lam 2.0"]
+    report.main([str(tmp_path), "--curves", str(tmp_path / "b.png")])
+    assert texts[-3:] == ["lwf", "lwf --lam 2.0", "PAH"]
+
+
 def test_curves_of_more_settings_than_colours_are_refused(leave, tmp_path):
     for i in range(len(report.COLOURS) + 1):
         leave(f"run{i}", 0, 50.0, epochs=i)
