@@ -690,6 +690,7 @@ SGD_DEFAULTS = {"lr": 0.03, "weight_decay": 5e-4}
 def make_parser():
     parser = pah.make_parser()
     parser.usage = "%(prog)s METHOD [options]"
+    parser.description = __doc__.splitlines()[0]
     add = parser.add_argument
     add("method", choices=METHODS)
     add("--strength", type=float, help="None: the method's own")
