@@ -1618,6 +1618,7 @@ def test_a_damaged_checkpoint_is_named(content, learned, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
+    assert "()" not in str(error.value)
     if content is not None:
         with pytest.raises(UserError, match=message):
             run_main(*RUN, "--out", tmp_path, "--resume")
