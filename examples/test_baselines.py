@@ -194,7 +194,7 @@ def test_a_run_of_pah_is_refused_by_a_method(tmp_path):
 
 def test_joint_training_is_not_lost_to_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("mine")
-    monkeypatch.setattr(pah, "learn", None)
+    monkeypatch.setattr(baselines.Joint, "begin_task", None)  # training would fail otherwise
     flags = ["joint", "--dataset", "synthetic", "--tasks", "5", "--width", "4", "--device", "cpu"]
     with pytest.raises(pah.UserError, match="cannot write to .*/out/seed0"):
         baselines.main([*flags, "--out", str(tmp_path / "out")])
