@@ -1032,7 +1032,9 @@ def test_without_a_process_group_learn_names_what_makes_one(two_processes):
 
 
 def test_processes_of_an_own_script_end_with_the_same_weights(two_processes):
-    first, second = (torch.load(two_processes[0] / f"{rank}.pt") for rank in (0, 1))
+    first, second = (
+        torch.load(two_processes[0] / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     assert_same(first, second)
 
 
