@@ -26,21 +26,21 @@ from baselines import pah
 # options that do not name a setting: those that change no number, and those named apart
 UNNAMED = pah.MAY_DIFFER - {"stop_after"} | {"dataset", "tasks", "method", "precision"}
 COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
-COLOURS = ["#1450b4", "#d1495b", "#2a9d8f", "#8d6cab", "#e09f3e", "#555555"]
+# of Okabe and Ito (2008), for colour-blind readers
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000"]
 
-# Table 1 of the paper: AA and FM on Split-CIFAR100, then on TinyImageNet. It took all rows but its
-# own from other papers. It marks GCR, DER, CCLIS and the first row of PAH with a dagger, which
-# probably means ten tasks: the authors of those three use ten on TinyImageNet.
+# Table 1 of the paper: AA and FM on Split-CIFAR100 in 10 tasks, then on TinyImageNet, where rows
+# with a dagger have 10 tasks and the others 20. All rows but PAH's come from other papers.
 REPORTED = """
-GCR, 200 stored images | 64.24 ± 0.83 | 24.12 ± 1.17 | 42.11 ± 1.01 | 40.36 ± 1.08
-DER, 200 stored images | 63.09 ± 1.09 | 25.98 ± 1.55 | 42.27 ± 0.90 | 40.43 ± 1.05
-CCLIS, 200 stored images | 72.93 ± 0.46 | 14.17 ± 0.20 | 48.29 ± 0.78 | 33.20 ± 0.75
+GCR†, 200 stored images | 64.24 ± 0.83 | 24.12 ± 1.17 | 42.11 ± 1.01 | 40.36 ± 1.08
+DER†, 200 stored images | 63.09 ± 1.09 | 25.98 ± 1.55 | 42.27 ± 0.90 | 40.43 ± 1.05
+CCLIS†, 200 stored images | 72.93 ± 0.46 | 14.17 ± 0.20 | 48.29 ± 0.78 | 33.20 ± 0.75
 SI | 63.58 ± 0.37 | 27.98 ± 0.34 | 44.96 ± 2.41 | 26.29 ± 1.40
 A-GEM, 200-250 stored images | 59.81 ± 1.07 | 30.08 ± 0.91 | 60.45 ± 0.24 | 24.94 ± 1.24
 PNN | 66.58 ± 1.00 | - | 62.15 ± 1.35 | -
 HN-2, 200-400 stored images | 62.80 ± 1.60 | 4.10 ± 0.50 | 39.90 ± 0.40 | 10.20 ± 2.20
 HN-3, 200-400 stored images | 58.80 ± 1.00 | 7.40 ± 0.90 | 31.40 ± 1.80 | 5.20 ± 0.70
-PAH, with a dagger | - | - | 60.48 ± 0.148 | 3.24 ± 0.6
+PAH† | - | - | 60.48 ± 0.148 | 3.24 ± 0.6
 PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 """.strip().splitlines()
 
@@ -65,6 +65,14 @@ def check(result):
     """Raise ValueError unless all accuracies are numbers."""
     if not all(math.isfinite(accuracy) for row in result["accuracy"] for accuracy in row):
         raise ValueError("its accuracies are not all numbers")
+
+
+def read(path):
+    """What the results.json at `path` holds. Raises UserError."""
+    with pah.user_error(f"cannot read {path}"):
+        result = json.loads(path.read_text())
+        check(result)
+    return result
 
 
 def numbers(result):
@@ -117,13 +125,11 @@ def mean_and_deviation(values):
 def table(group, settings):
     """Rows of cells for one data set, the header first."""
     rows = [COLUMNS]
-    for start, column in (("cifar100, 10 tasks", 1), ("tinyimagenet,", 3)):
-        if group.startswith(start):
-            for line in REPORTED:
-                cells = line.split(" | ")
-                AA, FM = cells[column : column + 2]
-                if AA != "-":
-                    rows.append([f"{cells[0]} (reported)", AA, FM, *6 * ["-"]])
+    for name, *cells in [line.split(" | ") for line in REPORTED]:
+        of_tiny = "tinyimagenet, 10 tasks" if "†" in name else "tinyimagenet, 20 tasks"
+        AA, FM = {"cifar100, 10 tasks": cells[:2], of_tiny: cells[2:]}.get(group, ["-", "-"])
+        if AA != "-":
+            rows.append([f"{name.replace('†', '')} (reported)", AA, FM, *6 * ["-"]])
     for (name, precision), seeds in settings.items():
         runs = [numbers(result) for result in seeds.values()]
         columns = {name: [run[name] for run in runs] for name in runs[0]}
@@ -159,41 +165,66 @@ def print_latex(group, rows):
     print("\\bottomrule\n\\end{tabular}")
 
 
-def draw_accuracy(result, path):
-    """The accuracy matrix: a row after each task, a column for each task, from 0 to 100 %."""
+def labels_of(names):
+    """Short labels for settings (name, precision) in a picture: what they do not all share."""
+    parts = []
+    for name, precision in names:
+        words = [*re.split(" (?=--)", name), precision]
+        if {"--lam 0.0", "--mu 0.0"} <= set(words):
+            words = ["finetuning", *(word for word in words if word[:5] not in ("--lam", "--mu "))]
+        parts.append(words)
+    shared = set.intersection(*map(set, parts)) - {"finetuning", *baselines.METHODS}
+    return [" ".join(word for word in words if word not in shared) or "PAH" for words in parts]
+
+
+def colour_of(accuracy):
+    """Orange for 0%, white for 50%, blue for 100%, which colour-blind readers can tell apart."""
+    end = (0, 50, 130) if accuracy > 50 else (230, 110, 0)
+    share = abs(accuracy - 50) / 50
+    return tuple(round(255 - share * (255 - part)) for part in end)
+
+
+def draw_accuracy(results, path):
+    """Accuracy matrices side by side: a row after each task, a column for each task."""
     from PIL import Image, ImageDraw
 
-    R = result["accuracy"]
-    pah.require(pah.metrics(R)["FM"] is not None, "a picture needs tasks learned one by one")
+    groups, names = zip(*(setting(result["args"]) for result in results), strict=True)
+    pah.require(
+        len(results) <= 2 and len(set(groups)) == 1,
+        f"a picture shows one run, or two on the same tasks, but {len(results)} were found",
+    )
+    precisions = [result["args"]["precision"] for result in results]
+    labels = labels_of(zip(names, precisions, strict=True))
+    joint = any(pah.metrics(result["accuracy"])["FM"] is None for result in results)
+    pah.require(not joint, "a picture needs tasks learned one by one")
     cell, left, top = 64, 56, 136
-    size = (max(560, left + cell * len(R[-1])), top + cell * len(R))
+    num_tasks = max(len(result["accuracy"]) for result in results)
+    panel = max(left + cell * num_tasks, 480)
+    size = (max(panel * len(results) + 24 * (len(results) - 1), 700), top + cell * num_tasks)
     picture = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(picture)
-    group, name = setting(result["args"])
-    method = "PAH" if name.startswith("--") else name.split()[0]
-    metrics = f"AA {pah.average_accuracy(R):.1f}, FM {pah.forgetting(R):.1f}"
-    canvas.text((8, 4), f"{method}, {group}: {metrics}", "black", font_size=28)
-    canvas.text((8, 42), "accuracy in % on each task (column)", "black", font_size=26)
-    canvas.text((8, 74), "after each task (row)", "black", font_size=26)
-    for j in range(len(R[-1])):
-        x = left + cell * j + cell // 2
-        canvas.text((x, top - 16), str(j + 1), "black", font_size=26, anchor="mm")
-    for i, row in enumerate(R):
-        y = top + cell * i
-        canvas.text((left // 2, y + cell // 2), str(i + 1), "black", font_size=26, anchor="mm")
-        for j, accuracy in enumerate(row):
-            x, share = left + cell * j, accuracy / 100
-            blue = (round(255 - 235 * share), round(255 - 175 * share), round(255 - 75 * share))
-            canvas.rectangle((x, y, x + cell - 2, y + cell - 2), blue)
-            ink = "white" if share > 0.5 else "black"
-            middle = (x + cell // 2, y + cell // 2)
-            canvas.text(middle, f"{accuracy:.0f}", ink, font_size=32, anchor="mm")
+    title = f"accuracy in % on each task (column) after each task (row): {groups[0]}"
+    canvas.text((8, 4), title, "black", font_size=28)
+    for i, (result, label) in enumerate(zip(results, labels, strict=True)):
+        R, x0 = result["accuracy"], left + i * (panel + 24)
+        values = f"AA {pah.average_accuracy(R):.1f}, FM {pah.forgetting(R):.1f}"
+        canvas.text((x0, 56), f"{label}: {values}", "black", font_size=32)
+        for k, row in enumerate(R):
+            x, y = x0 + cell * k + cell // 2, top + cell * k + cell // 2
+            canvas.text((x, top - 16), str(k + 1), "black", font_size=26, anchor="mm")
+            canvas.text((x0 - left // 2, y), str(k + 1), "black", font_size=26, anchor="mm")
+            for j, accuracy in enumerate(row):
+                x, colour = x0 + cell * j, colour_of(accuracy)
+                canvas.rectangle((x, y - cell // 2, x + cell - 2, y + cell // 2 - 2), colour)
+                ink = "white" if accuracy > 70 else "black"
+                middle = (x + cell // 2, y)
+                canvas.text(middle, f"{accuracy:.0f}", ink, font_size=34, anchor="mm")
     with pah.whole_file(Path(path)) as temporary:
         picture.save(temporary, format="PNG")
 
 
 def draw_curves(groups, path):
-    """AA after each task, mean over the seeds, a line per setting."""
+    """AA after each task, mean over the seeds, a line per setting with its name at the end."""
     from PIL import Image, ImageDraw
 
     pah.require(len(groups) == 1, f"curves show one data set, but {len(groups)} were found")
@@ -202,22 +233,23 @@ def draw_curves(groups, path):
     for (name, precision), seeds in settings.items():
         if pah.metrics(next(iter(seeds.values()))["accuracy"])["FM"] is not None:  # not joint
             curves = [[mean(row) for row in result["accuracy"]] for result in seeds.values()]
-            parts = (*re.split(" (?=--)", name), precision)  # the method, options with values
-            means[parts] = [mean(values) for values in zip(*curves, strict=True)]
+            means[name, precision] = [mean(values) for values in zip(*curves, strict=True)]
     pah.require(means, "curves need tasks learned one after the other")
     most = len(COLOURS)
     pah.require(len(means) <= most, f"curves show {most} settings, but {len(means)} were found")
-    shared = set.intersection(*map(set, means)) - set(baselines.METHODS)
+    labels = labels_of(means)
     num_tasks = max(map(len, means.values()))
     lowest = min(90, min(map(min, means.values())) // 10 * 10)
-    left, right, top, bottom = 80, 1180, 60, 620
+
+    picture = Image.new("RGB", (1200, 700), "white")
+    canvas = ImageDraw.Draw(picture)
+    space = max(canvas.textlength(label, font_size=26) for label in labels)
+    left, right, top, bottom = 80, 1200 - 60 - space, 60, 620
 
     def place(k, accuracy):
         x = left + (right - left) * k / max(1, num_tasks - 1)
         return x, bottom - (bottom - top) * (accuracy - lowest) / (100 - lowest)
 
-    picture = Image.new("RGB", (right + 20, bottom + 80), "white")
-    canvas = ImageDraw.Draw(picture)
     canvas.text((8, 8), f"average accuracy in %, {group}", "black", font_size=28)
     for accuracy in range(int(lowest), 101, 10):
         canvas.line([place(0, accuracy), place(num_tasks - 1, accuracy)], "lightgrey")
@@ -228,13 +260,14 @@ def draw_curves(groups, path):
         x = place(number - 1, lowest)[0]
         canvas.text((x, bottom + 10), str(number), "black", font_size=26, anchor="mt")
     canvas.text((right, bottom + 44), "tasks learned", "black", font_size=26, anchor="rt")
-    for i, (parts, curve) in enumerate(means.items()):
-        colour = COLOURS[i % len(COLOURS)]
+    lines = list(zip(means.values(), labels, COLOURS, strict=False))
+    free = top  # where there is no label yet
+    for curve, label, colour in sorted(lines, key=lambda line: -line[0][-1]):
         canvas.line([place(k, accuracy) for k, accuracy in enumerate(curve)], colour, width=4)
-        label = " ".join(part for part in parts if part not in shared) or "PAH"
-        y = bottom - 34 * (len(means) - i)
-        canvas.line([(left + 12, y), (left + 52, y)], colour, width=6)
-        canvas.text((left + 64, y), label, "black", font_size=26, anchor="lm")
+        y = max(place(0, curve[-1])[1], free)
+        canvas.line([(right + 12, y), (right + 36, y)], colour, width=6)
+        canvas.text((right + 44, y), label, "black", font_size=26, anchor="lm")
+        free = y + 30
     with pah.whole_file(Path(path)) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -313,13 +346,11 @@ def main(argv=None):
         return
     if args.picture or args.prototypes:
         paths = list(find_results(args.folders))
-        pah.require(len(paths) == 1, f"a picture shows one run, but {len(paths)} were found")
+        pah.require(paths, f"no run below {' '.join(args.folders)}")
         if args.picture:
-            with pah.user_error(f"cannot read {paths[0]}"):
-                result = json.loads(paths[0].read_text())
-                check(result)
-            draw_accuracy(result, args.picture)
+            draw_accuracy([read(path) for path in paths], args.picture)
         if args.prototypes:
+            pah.require(len(paths) == 1, f"prototypes are of one run, but {len(paths)} were found")
             draw_prototypes(paths[0].parent, args.prototypes)
         return
     printers = {"text": print_text, "markdown": print_markdown, "latex": print_latex}

@@ -143,12 +143,19 @@ def test_latex(leave, tmp_path, capsys):
 
 def test_the_papers_rows_stand_above_its_data_sets(leave, tmp_path, capsys):
     leave("a", 0, 80.0, dataset="cifar100")
-    leave("b", 0, 60.0, dataset="tinyimagenet", tasks=20)
+    leave("b", 0, 60.0, dataset="tinyimagenet", tasks=10)
+    leave("c", 0, 60.0, dataset="tinyimagenet", tasks=20)
+    leave("d", 0, 60.0, dataset="tinyimagenet", tasks=5)
     rows, _ = rows_of(tmp_path, capsys)
     cells = [re.split("  +", row)[1:3] for row in rows if row.startswith("PAH (reported)")]
-    assert cells == [["74.46 ± 0.08", "1.71 ± 0.02"], ["63.65 ± 1.94", "4.43 ± 0.07"]]
-    cells = [re.split("  +", row)[1:3] for row in rows if row.startswith("PAH, with a dagger")]
-    assert cells == [["60.48 ± 0.148", "3.24 ± 0.6"]]  # on TinyImageNet only
+    assert cells == [
+        ["74.46 ± 0.08", "1.71 ± 0.02"],
+        ["60.48 ± 0.148", "3.24 ± 0.6"],
+        ["63.65 ± 1.94", "4.43 ± 0.07"],
+    ]
+    reported = [row.split()[0].strip(",") for row in rows if "(reported)" in row]
+    of_ten, of_twenty = ["GCR", "DER", "CCLIS"], ["SI", "A-GEM", "PNN", "HN-2", "HN-3", "PAH"]
+    assert reported == [*of_ten, *of_twenty, *of_ten, "PAH", *of_twenty]
 
 
 def test_a_picture_has_one_colour_scale(leave, tmp_path):
@@ -156,8 +163,9 @@ def test_a_picture_has_one_colour_scale(leave, tmp_path):
         leave(name, 0, AA)
         report.main([str(tmp_path / name), "--picture", str(tmp_path / f"{name}.png")])
     high, low = (Image.open(tmp_path / f"{name}.png").getcolors(10**6) for name in ("high", "low"))
-    assert (20, 80, 180) in [colour for _, colour in high]
-    assert (20, 80, 180) not in [colour for _, colour in low]
+    assert (0, 50, 130) in [colour for _, colour in high]
+    assert (0, 50, 130) not in [colour for _, colour in low]
+    assert (230, 110, 0) in [colour for _, colour in low]
 
 
 def test_the_picture_of_prototypes_shows_where_they_started(tmp_path):
@@ -174,11 +182,55 @@ def test_the_picture_of_prototypes_shows_where_they_started(tmp_path):
         assert len(first.getcolors(10**6)) > 100
 
 
-def test_a_picture_shows_a_single_run(leave, tmp_path):
+@pytest.fixture
+def texts(monkeypatch):
+    """A list of what is written into pictures from now on."""
+    from PIL import ImageDraw
+
+    written, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda *a, **k: (written.append(a[2]), text(*a, **k))
+    )
+    return written
+
+
+def test_a_picture_shows_two_runs_side_by_side_on_one_scale(leave, tmp_path, texts):
+    leave("a", 0, 100.0, epochs=8)
+    leave("b", 0, 0.0, epochs=8, lam=0.0, mu=0.0)
+    folders = [str(tmp_path / name) for name in "ab"]
+    report.main([*folders, "--picture", str(tmp_path / "a.png")])
+    assert [text for text in texts if "AA" in text] == [
+        "PAH: AA 100.0, FM -10.0",
+        "finetuning: AA 0.0, FM 90.0",
+    ]
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.getpixel((56 + 2, 136 + 64 + 2)) == (0, 50, 130)  # task 1 after task 2
+    assert picture.getpixel((480 + 24 + 56 + 2, 136 + 64 + 2)) == (230, 110, 0)
+    assert picture.width == 2 * 480 + 24
+
+
+def test_a_picture_shows_no_more_than_two_runs_on_the_same_tasks(leave, tmp_path):
     leave("a", 0, 80.0)
+    leave("b", 0, 80.0, tasks=5)
+    path = str(tmp_path / "a.png")
+    with pytest.raises(pah.UserError, match="one run, or two on the same tasks, but 2 were found"):
+        report.main([str(tmp_path), "--picture", path])
     leave("a", 1, 80.0)
-    with pytest.raises(pah.UserError, match="one run, but 2 were found"):
-        report.main([str(tmp_path), "--picture", str(tmp_path / "a.png")])
+    leave("a", 2, 80.0)
+    with pytest.raises(pah.UserError, match="one run, or two on the same tasks, but 3 were found"):
+        report.main([str(tmp_path / "a"), "--picture", path])
+    with pytest.raises(pah.UserError, match="prototypes are of one run, but 3 were found"):
+        report.main([str(tmp_path / "a"), "--prototypes", path])
+    with pytest.raises(pah.UserError, match="no run below"):
+        report.main([str(tmp_path / "c"), "--picture", path])
+
+
+def end_of_curve(picture, colour):
+    """The accuracy at which the line of this colour ends, by the dash before its name."""
+    right = picture.width - 1
+    while not (ys := [y for y in range(700) if picture.getpixel((right, y)) == colour]):
+        right -= 1
+    return 100 - (sum(ys) / len(ys) - 60) / 560 * 100  # from 100 at the top to 0 at the bottom
 
 
 def test_curves_are_means_over_the_seeds(leave, tmp_path):
@@ -190,10 +242,8 @@ def test_curves_are_means_over_the_seeds(leave, tmp_path):
     report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
     picture = Image.open(tmp_path / "curves.png")
     for colour, AA in zip(report.COLOURS, (30, 80), strict=False):
-        pixel = ImageColor.getrgb(colour)
-        ys = [y for y in range(picture.height) if picture.getpixel((1178, y)) == pixel]
-        # 30 % is at the bottom, 620, and 100 % at the top, 60
-        assert 100 - 70 * (sum(ys) / len(ys) - 60) / 560 == pytest.approx(AA, abs=0.5)
+        end = end_of_curve(picture, ImageColor.getrgb(colour))
+        assert 30 + 0.7 * end == pytest.approx(AA, abs=0.5)  # 30% is at the bottom
 
 
 def test_curves_keep_apart_what_the_table_keeps_apart(leave, tmp_path, monkeypatch):
@@ -205,10 +255,19 @@ def test_curves_keep_apart_what_the_table_keeps_apart(leave, tmp_path, monkeypat
     monkeypatch.setattr(report, "COLOURS", colours)
     report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
     picture = Image.open(tmp_path / "curves.png")
-    column = [picture.getpixel((1178, y)) for y in range(picture.height)]
-    assert [ImageColor.getrgb(colour) in column for colour in colours] == [True, True, False]
-    middle = column.index(ImageColor.getrgb("red")) + 1.5
-    assert 100 - 80 * (middle - 60) / 560 == pytest.approx(20, abs=0.5)  # the lowest, 20 %
+    drawn = {colour for _, colour in picture.getcolors(10**6)}
+    assert [ImageColor.getrgb(colour) in drawn for colour in colours] == [True, True, False]
+    end = end_of_curve(picture, ImageColor.getrgb("red"))
+    assert 20 + 0.8 * end == pytest.approx(20, abs=0.5)  # 20%, the lowest, is at the bottom
+
+
+def test_names_of_curves_do_not_overlap(leave, tmp_path):
+    leave("a", 0, 50.0)
+    leave("b", 0, 50.1, lam=0.5)
+    report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
+    picture = Image.open(tmp_path / "curves.png")
+    lower, upper = (end_of_curve(picture, ImageColor.getrgb(c)) for c in report.COLOURS[:2])
+    assert upper - lower == pytest.approx(30 / 5.6, abs=0.5)
 
 
 def test_curves_of_perfect_runs(leave, tmp_path):
@@ -245,34 +304,22 @@ def test_a_picture_is_a_png_file(leave, tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_curves_are_named_by_whole_options(leave, tmp_path, monkeypatch):
+def test_curves_are_named_by_whole_options(leave, tmp_path, texts):
     """--epochs 8 is not hidden by --hidden 8 of all runs."""
-    from PIL import ImageDraw
-
     leave("a", 0, 20.0, epochs=8, hidden=8)
     leave("b", 0, 30.0, epochs=9, hidden=8)
-    texts, text = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda *a, **k: (texts.append(a[2]), text(*a, **k))
-    )
     report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
-    assert texts[-2:] == ["--epochs 8", "--epochs 9"]
+    assert texts[-2:] == ["--epochs 9", "--epochs 8"]
 
 
-def test_curves_are_named_by_their_methods(leave, tmp_path, monkeypatch):
-    from PIL import ImageDraw
-
+def test_curves_are_named_by_their_methods(leave, tmp_path, texts):
     leave("a", 0, 20.0, method="lwf")
     leave("b", 0, 30.0, method="lwf", lam=2.0)
     leave("c", 0, 40.0)
-    texts, text = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda *a, **k: (texts.append(a[2]), text(*a, **k))
-    )
     report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--curves", str(tmp_path / "a.png")])
-    assert texts[-2:] == ["lwf", "lwf --lam 2.0"]
+    assert texts[-2:] == ["lwf --lam 2.0", "lwf"]
     report.main([str(tmp_path), "--curves", str(tmp_path / "b.png")])
-    assert texts[-3:] == ["lwf", "lwf --lam 2.0", "PAH"]
+    assert texts[-3:] == ["PAH", "lwf --lam 2.0", "lwf"]
 
 
 def test_curves_of_more_settings_than_colours_are_refused(leave, tmp_path):
@@ -382,7 +429,7 @@ def setting_of(words):
 
 def test_other_methods_are_shown_with_their_defaults():
     section = RESULTS.split("## Other methods")[1].split("### ")[0]
-    rows = re.findall(r"^\| [^`|]+: `(.+?)` \|", section, re.M)
+    rows = re.findall(r"^\| [^`|]+: `(.+?)` \|", section, re.MULTILINE)
     assert len(rows) > 8
     for row in rows:
         words = row.split()
@@ -416,7 +463,9 @@ def test_the_tables_of_results_md_are_what_report_prints():
     reported, shown = {}, set()
     for line in report.REPORTED:
         name, *cells = line.split(" | ")
-        reported[name.split(",")[0]] = " / ".join(cell.split()[0] for cell in cells[:2])
+        reported[name.split(",")[0].replace("†", "")] = " / ".join(
+            cell.split()[0] for cell in cells[:2]
+        )
     rows = printed()
     for name, words, cells in rows_of_results():
         assert cells[:6] == rows[name][:6], name
@@ -494,15 +543,12 @@ def test_what_rehearsal_does_to_the_first_tasks_by_label_is_what_was_measured():
     assert {f"{value:.1f}" for value in said} <= numbers_in(REHEARSAL)
 
 
-@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
-def test_the_papers_figures_are_as_in_report(text):
-    papers = [line for line in report.REPORTED if line.startswith("PAH")]
-    pairs = {tuple(line.split(" | ")[i : i + 2]) for line in papers for i in (1, 3)}
-    rows = [line.split("|") for line in text.splitlines() if re.match(r"\|.*\bpaper\b.*±", line)]
-    assert len(rows) >= 2
-    for row in rows:
-        cells = [cell.strip() for cell in row if "±" in cell]
-        assert tuple(cells[:2]) in pairs
+def test_the_papers_figures_are_as_in_report():
+    of_ten, of_twenty = (line.split(" | ") for line in report.REPORTED if line.startswith("PAH"))
+    cifar, tiny_10, tiny_20 = of_twenty[1:3], of_ten[3:], of_twenty[3:]
+    for text, expected in ((README, [cifar, tiny_20]), (RESULTS, [cifar, tiny_10, tiny_20])):
+        rows = re.findall(r"^\|.*\bpaper\b.*±.*", text, re.MULTILINE)
+        assert [re.findall(r"[\d.]+ ± [\d.]+", row) for row in rows] == expected
 
 
 # -----------------------------------------------------------------------------
