@@ -1969,22 +1969,32 @@ README = (HERE / "README.md").read_text()
 SNIPPETS = [part.split("```")[0] for part in README.split("```python\n")[1:]]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_a_snippet_of_the_readme_runs(snippet, tmp_path):
-    """As it stands, in a folder with `photos` of four classes."""
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with `photos` of four classes, in which the README's command for them has run."""
+    path = tmp_path_factory.mktemp("reader")
     for part, name, i in itertools.product(("train", "val"), "abcd", range(8)):
-        folder = tmp_path / "photos" / part / name
+        folder = path / "photos" / part / name
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (60 * "abcd".index(name), 9 * i, 0)).save(folder / f"{i}.png")
-    (tmp_path / "snippet.py").write_text(snippet)
+    flags = re.search("python pah.py (--dataset photos .*)", README)[1].split()
+    subprocess.run([sys.executable, HERE / "pah.py", *flags], cwd=path, check=True)
+    return path
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_a_snippet_of_the_readme_runs(snippet, photos):
+    """As it stands."""
+    (photos / "snippet.py").write_text(snippet)
     env = os.environ | {"PYTHONPATH": str(HERE)}
     command = [sys.executable, "snippet.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=photos, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert re.search(r"\d\.\d", last) and "task" not in last  # what it printed itself
+    if "load_checkpoint" in snippet:  # 32 predictions of the first two classes
+        assert re.fullmatch(r"\[('[ab]'(, )?){32}\]", last)
+    else:
+        assert re.search(r"\d\.\d", last) and "task" not in last  # what it printed itself
 
 
 def test_commands_of_the_readme_have_options_that_exist():
