@@ -13,7 +13,7 @@ No classifier head is stored: a hypernetwork generates the head of a task from s
 images, the prototypes of its classes. Three losses keep old tasks working without old data.
 The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
 optimizers, training. The second half is the experiment: files, data, command line, one run.
-Functions use what stands above them, except that the losses follow the model.
+Functions use what is defined above them; only the losses follow the model that calls them.
 """
 
 import argparse
@@ -346,7 +346,7 @@ def forgetting(R):
 
 
 def metrics(R):
-    """AA, FM, BWT and LA by name; only AA for joint training, which has but the last row."""
+    """AA, FM, BWT and LA by name; only AA for joint training, whose R has only the last row."""
     if len(R[0]) != 1:
         return {"AA": average_accuracy(R), "FM": None, "BWT": None, "LA": None}
     learned = [row[-1] for row in R]
@@ -695,7 +695,7 @@ def load_run(path, device="cpu"):
 def save(out, results, model):
     """Write checkpoint.pt, results.json and prototypes.png to the folder `out`.
 
-    The checkpoint comes first, as what follows may fail; no head and no full image is in it.
+    The checkpoint, which holds no head and no full image, comes first, as the rest may fail.
     """
     if RANK > 0:
         return
@@ -1002,7 +1002,7 @@ def make_parser():
     add("--hyper-lr", type=float, default=1e-4, help="of the hypernetwork")
     add("--proto-lr", type=float, default=2e-4, help="of the prototypes")
     add("--weight-decay", type=float, default=0.005, help="of filters and hypernetwork")
-    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="crop alone suits digits")
+    add("--augment", choices=AUGMENTATIONS, default="crop-flip", help="for digits use crop")
     add("--seeds", type=int, nargs="+", default=[0], help="one run per seed")
     # machine
     add(
@@ -1013,7 +1013,7 @@ def make_parser():
     )
     add("--precision", choices=DTYPES, help="of the backbone; None: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the backbone")
-    add("--out", help="output folder; if None, runs/ and a name made of the options")
+    add("--out", help="output folder; None: in runs/, named after the options")
     add("--resume", action="store_true", help="continue after the last finished task")
     return parser
 
@@ -1221,7 +1221,7 @@ def run(args, seed, model, tasks, make_optimizers=make_optimizers, R=()):
 
 
 def set_up(device):
-    """Settings of the whole process. Under torchrun each process has a GPU of its own."""
+    """Settings of the whole process. Under torchrun each process gets its own GPU."""
     torch.backends.cudnn.benchmark = True
     if sys.platform == "linux":  # let glibc keep freed memory: a tenth of a step on a CPU
         libc = ctypes.CDLL(None)

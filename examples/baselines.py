@@ -3,9 +3,9 @@
     python examples/baselines.py lwf --dataset synthetic --tasks 5 --width 16 --epochs 8
     python examples/baselines.py derpp --width 16 --image-size 24 --epochs 10 --seeds 0 1
 
-A method is a class with begin_task, losses and forward, and where it needs them after_step and
-end_task: `pah.learn` takes it like PAH. Default strengths and optimizers were chosen on validation
-images, as assets/notebook.md says.
+A method is a class with begin_task, losses and forward, and after_step and end_task where it needs
+them. `pah.learn` trains it like PAH. The default strengths and optimizers were chosen on validation
+images: see assets/notebook.md.
 """
 
 import copy
@@ -156,10 +156,11 @@ def joined(tasks):
 
 
 class EWC(MultiHead):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017): + strength / 2 * sum over earlier
-    tasks t of F_t (w - w_t)^2, F_t the diagonal of the Fisher information at the end of task t.
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): adds strength / 2 * the sum over
+    earlier tasks t of F_t (w - w_t)^2, where F_t is the diagonal of the Fisher information at the
+    end of task t.
 
-    The sum of parabolas is one around the mean of all w_t weighted with F_t, up to a constant.
+    Up to a constant, these parabolas add up to one around the mean of all w_t weighted by F_t.
     """
 
     strength = 100.0
@@ -181,7 +182,7 @@ class EWC(MultiHead):
         rows = torch.randperm(len(images))[:FISHER_IMAGES].to(images.device)
         for image in images[rows].split(1):
             logits = self(pah.normalise(image), task + 1)[:, task]
-            label = torch.distributions.Categorical(logits=logits).sample()  # as the model believes
+            label = torch.distributions.Categorical(logits=logits).sample()  # not the true one
             loss = F.cross_entropy(logits, label)
             fisher += flat(torch.autograd.grad(loss, list(self.parameters()))) ** 2 / len(rows)
         self.fisher += fisher
@@ -189,10 +190,10 @@ class EWC(MultiHead):
 
 
 class SI(MultiHead):
-    """Synaptic intelligence (Zenke et al. 2017): + strength * importance (w - anchor)^2.
+    """Synaptic intelligence (Zenke et al. 2017): adds strength * importance * (w - anchor)^2.
 
-    Importance: how much the path of a weight lowered the task's own loss, minus the integral of
-    gradient dw, over the square of its distance.
+    Importance is how much the path of a weight lowered the task's own loss, which is minus the
+    integral of gradient dw, over the square of the distance it moved.
     """
 
     strength = 3.0
@@ -237,7 +238,7 @@ class Memory(nn.Module):
         self.register_buffer("weights", torch.ones(size))
         for name in ("tasks", "labels"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.long))
-        self.filled, self.seen = 0, 0  # on the CPU, as a GPU would have to be waited for
+        self.filled, self.seen = 0, 0  # on the CPU, so that no step waits for a GPU
 
     def get_extra_state(self):
         """For checkpoints."""
@@ -251,7 +252,7 @@ class Memory(nn.Module):
             getattr(self, name)[rows] = values
 
     def draw(self, n):
-        """n random rows, without repetition; fewer where there are not so many."""
+        """n different random rows, or all where there are fewer."""
         return torch.randperm(self.filled, device=self.labels.device)[:n]
 
     def offer(self, images, labels, logits, task):
@@ -270,13 +271,13 @@ class Memory(nn.Module):
 class Replay(MultiHead):
     """Finetuning with a memory of images.
 
-    Every image has the head of its own task only. DER, DER++ and GCR were published with one head
-    for all classes.
+    An image is classified by the head of its own task alone. DER, DER++ and GCR were published
+    with one head for all classes.
     """
 
     flags = (*MultiHead.flags, "buffer_size")
     defaults = {"optimizer": "sgd"}
-    every_class = False  # must there be an image of each class?
+    every_class = False  # whether the memory must hold an image of each class
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -300,14 +301,14 @@ class Replay(MultiHead):
 
 
 def projected(gradient, reference):
-    """`gradient` without its part against `reference`, if it has one (Eq. 11 of A-GEM)."""
+    """`gradient` without what points against `reference`, if anything does (Eq. 11 of A-GEM)."""
     return gradient - (gradient @ reference / (reference @ reference)).clamp(max=0) * reference
 
 
 class AGEM(Replay):
-    """Averaged gradient episodic memory (Chaudhry et al. 2019): some images of each class are
-    stored, and a gradient may not raise the loss of `strength` of them. All classes have a share of
-    the memory from the start, so it is full only after the last task."""
+    """Averaged gradient episodic memory (Chaudhry et al. 2019): stores some images of each class,
+    and no gradient may raise the loss on `strength` of them. Each class has a fixed share of the
+    memory, so it is full only after the last task."""
 
     strength = 200.0
     every_class = True
@@ -334,9 +335,9 @@ class AGEM(Replay):
 
 
 class DER(Replay):
-    """Dark experience replay (Buzzega et al. 2020): + strength * squared distance of the logits of
-    stored images to those of when a reservoir took them. Images are stored as they are, and
-    augmented anew."""
+    """Dark experience replay (Buzzega et al. 2020): adds strength * the squared distance between
+    the logits of stored images and those they had when the reservoir took them. Images are stored
+    as they are and augmented anew."""
 
     strength = 0.1
     beta = 0.0
@@ -359,7 +360,7 @@ class DER(Replay):
 
 
 class DERFresh(DER):
-    """DER with logits from the end of their task, when the network has learned it (ours)."""
+    """DER with logits computed again when the network has learned their task (ours)."""
 
     @torch.no_grad()
     def end_task(self, task, images, labels):
@@ -370,13 +371,13 @@ class DERFresh(DER):
 
 
 class DERpp(DER):
-    """DER++: and + beta * cross-entropy of stored images."""
+    """DER++: also adds beta * the cross-entropy on stored images."""
 
     beta = 0.5
 
 
 def matching(gradients, target, n, ridge=0.5):
-    """Regularised orthogonal matching pursuit: n rows, weights > 0, the sum near `target`."""
+    """Regularised orthogonal matching pursuit: n rows with weights > 0 that add up to `target`."""
     chosen, weights, residual = [], target[:0], target
     while len(chosen) < min(n, len(gradients)):
         gain = gradients @ residual
@@ -394,8 +395,8 @@ class GCR(Replay):
     weighted images, chosen after each task so that, for each class, their weighted gradient for the
     task's head is close to that of all its images.
 
-    Simpler than the published one: images are chosen from all of a task with logits of its end,
-    so that none of a task is replayed while it is learned.
+    Simpler than the published one: images are chosen from a whole task, with the logits they have
+    at its end, so none of them is replayed while the task is learned.
     """
 
     strength = 1.0
@@ -456,7 +457,7 @@ class GCR(Replay):
 
 
 class PerTask(MultiHead):
-    """Each head looks at features of its own: own_features(images, tasks) -> [(B, D)]."""
+    """Each task has features of its own: own_features(images, tasks) -> [(B, D)]."""
 
     flags = ()
 
@@ -540,9 +541,9 @@ class PNN(PerTask):
 class Generator(nn.Module):
     """Task embeddings (n, E) -> filters of the tail and heads of the first n tasks, by name.
 
-    Each output channel of a filter comes from a hidden vector of the task and an embedding of the
-    channel, a head from the hidden vector alone. BatchNorm and the biases of heads, their last
-    column, are each task's own.
+    Each output channel of a filter is generated from the task's hidden vector and an embedding of
+    the channel, a head from the hidden vector alone. Each task has its own BatchNorm and its own
+    biases, the last column of its head.
     """
 
     def __init__(self, tail, num_tasks, classes, dim, size=32):
@@ -578,9 +579,9 @@ class Generator(nn.Module):
 
 
 class HN2(PerTask):
-    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task, all
-    behind them comes from a hypernetwork; + strength * how far what it makes for earlier tasks has
-    moved, squared, mean over these tasks (von Oswald et al. 2020, without look-ahead).
+    """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task, and a
+    hypernetwork generates the rest. Adds strength * the squared distance that the weights generated
+    for earlier tasks have moved, mean over these tasks (von Oswald et al. 2020, without look-ahead).
 
     Its authors' learning rate is 1e-3. At 3e-3 all ReLUs of the hypernetwork died in ten tasks of
     ten epochs.

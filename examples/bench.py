@@ -3,8 +3,8 @@
     python examples/bench.py --dataset tinyimagenet --tasks 20        # any options of pah.py
     python examples/bench.py lwf --width 16                           # or of baselines.py
 
-The prediction leaves out what a method does at the end of a task; A-GEM and GCR fill their memory
-there, so their replay is left out too.
+The prediction leaves out what a method does at the end of a task. A-GEM and GCR fill their memory
+there, so their replay is missing as well.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
     python examples/report.py runs                             # or --format markdown, latex
     python examples/report.py runs --curves curves.png         # AA after each task
-    python examples/report.py runs/cifar100-10/seed0 --picture accuracy.png
+    python examples/report.py runs/cifar100-10/seed0 --picture accuracy.png     # or two runs
     python examples/report.py runs/cifar100-10/seed0 --prototypes prototypes.png
 
 A row is a setting, named by the options that are not the default: mean and standard deviation
@@ -48,7 +48,7 @@ PAH | 74.46 ± 0.08 | 1.71 ± 0.02 | 63.65 ± 1.94 | 4.43 ± 0.07
 def setting(args):
     """(data set and number of tasks, method and options that are not the default).
 
-    Options of other versions count, too, so that no two different runs become one setting.
+    Options of other versions count as well, so that no two different runs become one setting.
     """
     parser = baselines.make_parser()
     words = [args["method"]] if "method" in args else []
@@ -330,9 +330,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables of all finished runs.")
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--format", choices=("text", "markdown", "latex"), default="text")
-    parser.add_argument("--picture", help="instead: draw the accuracies of a single run")
-    parser.add_argument("--prototypes", help="instead: draw the prototypes of a single run")
-    parser.add_argument("--curves", help="instead: draw AA after each task, a line per setting")
+    parser.add_argument("--picture", help="instead: draw the accuracies of one run or two")
+    parser.add_argument("--prototypes", help="instead: draw the prototypes of one run")
+    parser.add_argument("--curves", help="instead: draw AA after each task, one line per setting")
     args = parser.parse_args(argv)
     for picture in (args.picture, args.prototypes, args.curves):
         if picture and not picture.endswith(".png"):

@@ -402,7 +402,23 @@ def test_the_prediction_is_between_the_tasks_that_were_measured():
 
 
 # -----------------------------------------------------------------------------
-# README.md and assets/results.md
+# README.md, assets/results.md and assets/notebook.md
+
+
+@pytest.mark.parametrize("path", ["README.md", "assets/results.md", "assets/notebook.md"])
+def test_links_lead_to_files_and_headings(path):
+    """As GitHub names headings: in lower case, without punctuation, with hyphens for blanks."""
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / path).read_text().replace("\n", " "))
+    links = [link for link in links if not link.startswith("http")]
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / name if name else ROOT / path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+            assert anchor in [name.replace(" ", "-") for name in names], link
 
 
 def printed():
