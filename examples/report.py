@@ -51,14 +51,14 @@ def setting(args):
     Options of other versions count as well, so that no two different runs become one setting.
     """
     parser = baselines.make_parser()
-    words = [args["method"]] if "method" in args else []
+    words = [args.get("method", "PAH")]
     for name in vars(parser.parse_args(["lwf"])) | args:
         default = parser.get_default(name)
         value = args.get(name, default)
         if name not in UNNAMED and value != default and value is not False:
             words += [f"--{name.replace('_', '-')}", str(value)]
     words = [word for word in words if word != "True"]
-    return f"{args['dataset']}, {args['tasks']} tasks", " ".join(words) or "PAH"
+    return f"{args['dataset']}, {args['tasks']} tasks", " ".join(words)
 
 
 def check(result):
@@ -171,10 +171,10 @@ def labels_of(names):
     for name, precision in names:
         words = [*re.split(" (?=--)", name), precision]
         if {"--lam 0.0", "--mu 0.0"} <= set(words):
-            words = ["finetuning", *(word for word in words if word[:5] not in ("--lam", "--mu "))]
+            words = ["finetuning", *(w for w in words[1:] if not w.startswith(("--lam", "--mu")))]
         parts.append(words)
-    shared = set.intersection(*map(set, parts)) - {"finetuning", *baselines.METHODS}
-    return [" ".join(word for word in words if word not in shared) or "PAH" for words in parts]
+    shared = set.intersection(*(set(words[1:]) for words in parts))
+    return [" ".join(word for word in words if word not in shared) for words in parts]
 
 
 def colour_of(accuracy):

@@ -55,7 +55,7 @@ def test_a_row_is_a_setting_with_all_its_seeds(leave, tmp_path, capsys):
         *("PAH", "81.00 ± 1.41", "9.00 ± 1.41", "85.50 ± 0.71", "40.50 ± 0.71"),
         *("0 1", "0:01:01", "-9.00 ± 1.41", "fp32"),
     ]
-    assert re.split("  +", rows[3])[:2] == ["--lam 0.5", "40.00"]
+    assert re.split("  +", rows[3])[:2] == ["PAH --lam 0.5", "40.00"]
     assert err == ""
 
 
@@ -102,14 +102,14 @@ def test_no_finished_run(tmp_path):
     "options, name",
     [
         ({"method": "lwf"}, "lwf"),
-        ({"mu": 0.0, "proto_init": "random"}, "--mu 0.0 --proto-init random"),
+        ({"mu": 0.0, "proto_init": "random"}, "PAH --mu 0.0 --proto-init random"),
         ({"method": "si", "strength": 30.0}, "si --strength 30.0"),
         ({"method": "pnn", "strength": None, "optimizer": "muon"}, "pnn"),
-        ({"shuffle_classes": True}, "--shuffle-classes"),
+        ({"shuffle_classes": True}, "PAH --shuffle-classes"),
         ({"method": "der", "buffer_size": 17}, "der --buffer-size 17"),
-        ({"stop_after": 5}, "--stop-after 5"),
+        ({"stop_after": 5}, "PAH --stop-after 5"),
         ({"rehearsal": False, "report": None}, "PAH"),  # of earlier versions
-        ({"sp_updates": "all"}, "--sp-updates all"),
+        ({"sp_updates": "all"}, "PAH --sp-updates all"),
     ],
 )
 def test_a_setting_is_named_by_all_options_that_are_not_the_default(options, name):
@@ -309,7 +309,7 @@ def test_curves_are_named_by_whole_options(leave, tmp_path, texts):
     leave("a", 0, 20.0, epochs=8, hidden=8)
     leave("b", 0, 30.0, epochs=9, hidden=8)
     report.main([str(tmp_path), "--curves", str(tmp_path / "curves.png")])
-    assert texts[-2:] == ["--epochs 9", "--epochs 8"]
+    assert texts[-2:] == ["PAH --epochs 9", "PAH --epochs 8"]
 
 
 def test_curves_are_named_by_their_methods(leave, tmp_path, texts):
@@ -528,6 +528,21 @@ def test_what_rehearsal_is_said_to_bring_is_what_was_measured(text):
 def number(cell):
     """The mean in a cell of a table."""
     return float(cell.split()[0])
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
+def test_how_far_pah_and_lwf_are_from_the_others_is_what_was_measured(text):
+    flags = "--width 16 --image-size 24 --epochs 10".split()
+    AA = {
+        method: number(printed()[setting_of([*method.split(), *flags])][0])
+        for method in ("", "lwf", "pnn", "ewc", "si", "agem", "der", "derfresh", "derpp", "gcr")
+    }
+    ours = AA.pop(""), AA.pop("lwf")
+    behind = {f"{AA['pnn'] - value:.1f}" for value in ours}
+    ahead = min(ours) - max(value for method, value in AA.items() if method != "pnn")
+    assert behind | {f"{ahead:.0f}"} <= numbers_in(text)
+    if text == README:
+        assert {f"{value:.1f}" for value in ours} <= numbers_in(text)
 
 
 def test_where_rehearsal_stops_helping_is_what_was_measured():
