@@ -10,7 +10,7 @@
     python pah.py --dataset synthetic --tasks 5 --width 16 --epochs 8    # no download
 
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
-images, the prototypes of its classes. Three losses keep old tasks working without old data.
+images, the prototypes of its classes. Two of the three losses keep old tasks working without old data.
 The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
 optimizers, training. The second half is the experiment: files, data, command line, one run.
 Functions use what is defined above them; only the losses follow the model that calls them.
@@ -353,7 +353,8 @@ def metrics(R):
     return {
         "AA": average_accuracy(R),
         "FM": forgetting(R),
-        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),  # Lopez-Paz and Ranzato 2017
+        # backward transfer (Lopez-Paz and Ranzato 2017)
+        "BWT": (sum(R[-1]) - sum(learned)) / max(1, len(R) - 1),
         "LA": sum(learned) / len(R),  # accuracy on a task just after it was learned
     }
 
@@ -568,7 +569,7 @@ def learn(
     Muon trains the filters of its `backbone`; with a `dtype` of float16 losses are scaled. Where it
     has them, after_step(task, images, labels) is called after each step with the batch before
     augmentation, and end_task(task, images, labels) after each task with all of its images;
-    `limits` are the most tasks and classes per task.
+    `limits` is the largest number of tasks and of classes per task.
 
     `R` holds the rows of tasks that were learned before; after_task(R, class_incremental, seconds)
     is called after each task. `seed` seeds torch's generators before each task. The model is left
@@ -695,7 +696,7 @@ def load_run(path, device="cpu"):
 def save(out, results, model):
     """Write checkpoint.pt, results.json and prototypes.png to the folder `out`.
 
-    The checkpoint, which holds no head and no full image, comes first, as the rest may fail.
+    The checkpoint comes first, as the rest may fail. That of PAH holds no head and no full image.
     """
     if RANK > 0:
         return
@@ -762,7 +763,7 @@ def read_torchvision(name, root, size, download):
 def read_images(paths, size):
     """Image files -> one uint8 tensor (N, 3, size, size), the central square of each.
 
-    Photos are turned as their EXIF data says. Raises UserError, with the path, for files that are
+    Photos are rotated as their EXIF data says. Raises UserError, with the path, for files that are
     not images, and for grey ones of more than 8 bits, which Pillow would clip.
     """
     from PIL import Image, ImageOps
@@ -978,12 +979,12 @@ def make_parser():
     # data
     add("--dataset", default="cifar100", help=f"synthetic, {', '.join(PUBLISHED)}, or a folder")
     add("--data", default="data", help="folder of downloads and caches")
-    add("--tasks", type=int, nargs="+", default=[10], help="how many, or the classes of each")
+    add("--tasks", type=int, nargs="+", default=[10], help="number of tasks, or classes in each")
     add("--image-size", type=int, help="side in pixels; None: as published, 64 for folders")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--shuffle-classes", action="store_true", help="class order by seed, not by label")
     either("--class-order", help="file with one class per line, names or numbers")
-    add("--val-fraction", type=float, default=0.0, help="test on this part of the training set")
+    add("--val-fraction", type=float, default=0.0, help="test on this fraction of the training set")
     add("--stop-after", type=int, help="stop after this many tasks")
     # method
     add("--lam", type=float, default=1.0, help="weight of L_sm (Eq. 5)")

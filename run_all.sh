@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All experiments with three seeds, then a table of all runs.
+# All full-size experiments with three seeds, then a table of all runs.
 #
-#   ./run_all.sh           benchmarks, controls, ablations and other methods
-#   ./run_all.sh --quick   the same on synthetic data: eight minutes on two CPU cores
+#   ./run_all.sh           benchmarks, ablations and other methods
+#   ./run_all.sh --quick   two seeds on synthetic data: eight minutes on two CPU cores
 #   ./run_all.sh --plan    only predict how many hours it takes
 #
 # Further options, such as --data FOLDER, go to every run. Start it again at any time: finished runs

@@ -152,7 +152,7 @@ def joined(tasks):
 
 
 # -----------------------------------------------------------------------------
-# Pulled towards old weights
+# Weight regularisation
 
 
 class EWC(MultiHead):

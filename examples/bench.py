@@ -1,4 +1,4 @@
-"""Milliseconds per step at tasks 1, 2, K/2 and K, peak memory, and the time of a whole run.
+"""Milliseconds per step at tasks 1, 2, K/2 and K (the last), peak memory, time of a whole run.
 
     python examples/bench.py --dataset tinyimagenet --tasks 20        # any options of pah.py
     python examples/bench.py lwf --width 16                           # or of baselines.py

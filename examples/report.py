@@ -6,7 +6,7 @@
     python examples/report.py runs/cifar100-10/seed0 --prototypes prototypes.png
 
 A row is a setting, named by the options that are not the default: mean and standard deviation
-over its seeds. Above them stands what the paper reports on the same data set.
+over its seeds. What the paper reports on the same tasks comes first.
 """
 
 import argparse
