@@ -10,7 +10,9 @@
     python pah.py --dataset synthetic --tasks 5 --width 16 --epochs 8    # no download
 
 No classifier head is stored: a hypernetwork generates the head of a task from small learnable
-images, the prototypes of its classes. Two of the three losses keep old tasks working without old data.
+images, the prototypes of its classes. Two of the three losses keep old tasks working without old
+data.
+
 The first half of this file is the method, to be copied: images, model, losses, metrics, backbone,
 optimizers, training. The second half is the experiment: files, data, command line, one run.
 Functions use what is defined above them; only the losses follow the model that calls them.

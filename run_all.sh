@@ -29,7 +29,7 @@ run() { # SCRIPT OPTIONS...: one setting with all seeds, if it is this worker's 
     "$python" "$@" "${more[@]}" --seeds "${seeds[@]}" --resume || failed=1
   fi
 }
-benchmark() { # OPTIONS...: PAH and its controls
+benchmark() { # OPTIONS...: PAH, finetuning, LwF and joint training
   if [ "$worker" = plan ]; then # this also downloads the data, once
     predicted=$("$python" examples/bench.py "$@" "${more[@]}") || exit 1
     predicted=${predicted##*$'\n'} # the last line: predicted: 0:01:30 per seed, 90 s
