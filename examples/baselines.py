@@ -581,7 +581,8 @@ class Generator(nn.Module):
 class HN2(PerTask):
     """Partial hypernetworks (Hemati et al. 2023): two stages are frozen after the first task, and a
     hypernetwork generates the rest. Adds strength * the squared distance that the weights generated
-    for earlier tasks have moved, mean over these tasks (von Oswald et al. 2020, without look-ahead).
+    for earlier tasks have moved, mean over these tasks (von Oswald et al. 2020, but without
+    look-ahead).
 
     Its authors' learning rate is 1e-3. At 3e-3 all ReLUs of the hypernetwork died in ten tasks of
     ten epochs.

@@ -453,7 +453,7 @@ def test_other_methods_are_shown_with_their_defaults():
 
 
 def rows_of_results():
-    """(setting, first cell, other cells) of each row: the last command above it, and its options."""
+    """(setting, first cell, other cells) of each row: the last command above it and its options."""
     command = ""
     for line in RESULTS.splitlines():
         command = (re.findall("`python pah.py *([^`]*)`", line) or [command])[-1]
