@@ -1104,12 +1104,15 @@ def build(args, num_tasks, classes, method=PAH):
     )
 
 
-def load_checkpoint(path, device="cpu"):
-    """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C)."""
+def load_checkpoint(path, device="cpu", method=PAH):
+    """The PAH of a run, in eval mode: model(normalise(images), n) gives logits (B, n, C).
+
+    `method` is its class, if it is one derived from PAH.
+    """
     results, weights = load_run(path, device)
     defaults = vars(make_parser().parse_args([]))  # for options added since the run
     args = argparse.Namespace(**defaults | results["args"] | {"pretrained": False})
-    model = build(args, *weights["present"].shape)
+    model = build(args, *weights["present"].shape, method)
     with user_error(f"{path} is not a run of PAH"):
         model.load_state_dict(weights)
     return model.to(device).eval()

@@ -155,8 +155,8 @@ def print_markdown(group, rows):
 
 
 def print_latex(group, rows):
-    """Needs the package booktabs."""
     special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"±": r"$\pm$"})
+    print("\n% needs \\usepackage{booktabs}")
     print(f"\\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}\n\\toprule")
     print(f"\\multicolumn{{{len(COLUMNS)}}}{{l}}{{{group.translate(special)}}} \\\\\n\\midrule")
     for i, row in enumerate(rows):

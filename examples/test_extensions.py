@@ -162,9 +162,11 @@ def test_a_run_is_resumed_to_the_same_run(tmp_path):
         assert torch.equal(whole[name], cut[name]), name
 
 
-def test_a_run_is_loaded_as_pah(tmp_path):
+@pytest.mark.parametrize("method", [pah.PAH, Rehearsal])
+def test_a_run_is_loaded_as_pah_or_as_its_own_class(method, tmp_path):
     run(tmp_path, "--stop-after", 2)
-    model = pah.load_checkpoint(tmp_path / "seed0/checkpoint.pt")
+    model = pah.load_checkpoint(tmp_path / "seed0/checkpoint.pt", method=method)
+    assert type(model) is method
     args = baselines.parse_args(["rehearsal", *RUN])
     row = json.loads((tmp_path / "seed0/results.json").read_text())["accuracy"][1]
     assert pah.evaluate(model, pah.load_tasks(args, 0)[:2])[0] == row
