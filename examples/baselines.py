@@ -79,13 +79,13 @@ class MultiHead(nn.Module):
         return {"weights": weights, "other numbers": sum(others), "images": images}
 
 
-class OfPAH:
+class OfPAH(extensions.Mirrored):
     """What the command line needs to know of classes derived from PAH."""
 
     strength = None
     defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
-    flags += ("hidden", "hyper_lr", "proto_lr")
+    flags += ("hidden", "hyper_lr", "proto_lr", "mirror")
     stored = MultiHead.stored
 
 
@@ -100,13 +100,31 @@ class Rehearsal(OfPAH, extensions.Rehearsal):
 class Thumbnails(OfPAH, extensions.Thumbnails):
     """Rehearsal with stored heads and fixed thumbnails (ours)."""
 
-    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
+    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init", "mirror")
+
+
+class Rotated(OfPAH, extensions.Rotated):
+    """PAH with rotated labels (ours)."""
+
+    flags = (*OfPAH.flags, "upright")
+
+
+class RotatedRehearsal(OfPAH, extensions.RotatedRehearsal):
+    """Rehearsal with rotated labels (ours)."""
+
+    flags = (*OfPAH.flags, "upright")
+
+
+class RotatedThumbnails(OfPAH, extensions.RotatedThumbnails):
+    """Thumbnails with rotated labels (ours)."""
+
+    flags = (*Thumbnails.flags, "upright")
 
 
 class LwF(MultiHead):
     """Learning without Forgetting (Li and Hoiem 2016): L_hm and L_sm of PAH with stored heads."""
 
-    flags = (*MultiHead.flags, "lam", "temperature")
+    flags = (*MultiHead.flags, "lam", "temperature", "mirror")
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -119,6 +137,16 @@ class LwF(MultiHead):
             soft_main = pah.soft_loss_main(logits[:, :task], teacher, images, self.temperature)
             terms["sm"] = self.lam * soft_main
         return terms
+
+
+class MirroredLwF(extensions.Mirrored, LwF):
+    """LwF, for --mirror."""
+
+
+class RotatedLwF(extensions.Mirrored, extensions.RotatedLabels, LwF):
+    """LwF with rotated labels (ours)."""
+
+    flags = (*LwF.flags, "upright")
 
 
 class Joint(OfPAH, pah.PAH):
@@ -646,9 +674,13 @@ class HN3(HN2):
 METHODS = {
     "pah": PAH,
     "finetune": MultiHead,
-    "lwf": LwF,
+    "lwf": MirroredLwF,
     "rehearsal": Rehearsal,
     "thumbnails": Thumbnails,
+    "rotated": Rotated,
+    "rotated-rehearsal": RotatedRehearsal,
+    "rotated-thumbnails": RotatedThumbnails,
+    "rotated-lwf": RotatedLwF,
     "joint": Joint,
     "ewc": EWC,
     "si": SI,
@@ -663,7 +695,7 @@ METHODS = {
 }
 # the options that not all methods know
 NOT_ALL = ("lam", "mu", "temperature", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
-NOT_ALL += ("pretrained", "stem", "buffer_size")
+NOT_ALL += ("pretrained", "stem", "buffer_size", "mirror", "upright")
 
 
 def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
@@ -697,6 +729,8 @@ def make_parser():
     add("method", choices=METHODS)
     add("--strength", type=float, help="None: the method's own")
     add("--buffer-size", type=int, default=200, help="stored images, in all")
+    add("--upright", type=float, default=13 / 16, help="share of images that are not rotated")
+    add("--mirror", action="store_true", help="test on each image and its mirror image")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="of filters; sgd: of all weights")
     parser.epilog = (
         "Other defaults: hn2 and hn3 have --hyper-lr 0.002 --proto-lr 0.002, methods with stored "
@@ -717,6 +751,7 @@ def parse_args(argv=None):
         unknown.append("strength")
     if args.method == "joint":
         unknown.append("stop_after")
+    pah.require(0.25 <= args.upright <= 1, "--upright must be between 0.25 and 1")
     for name in unknown:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
@@ -727,10 +762,12 @@ def parse_args(argv=None):
 
 def build(args, tasks):
     method = METHODS[args.method]
-    if not issubclass(method, pah.PAH):
-        return method(args, tasks)
-    model = pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
-    model.augmentation = pah.AUGMENTATIONS[args.augment]  # of rehearsal
+    if issubclass(method, pah.PAH):
+        model = pah.build(args, len(tasks), max(len(task.classes) for task in tasks), method)
+        model.augmentation = pah.AUGMENTATIONS[args.augment]  # of rehearsal
+    else:
+        model = method(args, tasks)
+    model.mirror, model.upright = args.mirror, args.upright
     return model
 
 

@@ -2,6 +2,7 @@
 
     python examples/baselines.py rehearsal --tasks 50 --width 16 --image-size 24 --epochs 6
     python examples/baselines.py thumbnails --tasks 50 --width 16 --image-size 24 --epochs 6
+    python examples/baselines.py rotated --width 16 --image-size 24 --epochs 20
 
 Their results are in assets/results.md. In your own script they take the place of `pah.PAH`.
 """
@@ -73,3 +74,93 @@ class Thumbnails(Rehearsal):
 
     def heads(self, n):
         return self.stored_heads[:n]
+
+
+class Mirrored:
+    """For any method: tests average the logits of an image and its mirror image, if `mirror`."""
+
+    mirror = False
+
+    def losses(self, images, labels, task, teacher):
+        if teacher is not None:
+            teacher.mirror = False
+        return super().losses(images, labels, task, teacher)
+
+    def forward(self, images, n):
+        logits = super().forward(images, n)
+        if self.mirror and not self.training:
+            logits = (logits + super().forward(images.flip(3), n)) / 2
+        return logits
+
+
+def turned(images, turns):
+    """Images (B, C, S, S), each rotated by its number of quarter turns (B,), 0 to 3."""
+    views = torch.stack([images.rot90(r, (2, 3)) for r in range(4)])
+    return views[turns, torch.arange(len(images), device=images.device)]
+
+
+class RotatedLabels:
+    """For any method with a head per task: heads also tell by how many quarter turns an image was
+    rotated (the joint labels of Lee et al. 2020).
+
+    A head has 4C outputs, and r * C + c stands for class c after r turns. Each image of a batch has
+    one random turn, so a step costs no more than before; a share `upright` is not turned. Losses
+    see all 4C outputs, tests those of upright images.
+    """
+
+    upright = 13 / 16
+    all_outputs = False
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if hasattr(self, "stored_heads"):
+            num_tasks, classes, dim = self.stored_heads.shape
+            heads = torch.empty(num_tasks, 4 * classes, dim).uniform_(-1, 1) / math.sqrt(dim)
+            self.stored_heads = nn.Parameter(heads)
+        else:
+            classes, dim = self.hypernetwork.shape
+            first = self.hypernetwork.layers[0]
+            self.hypernetwork = pah.Hypernetwork(
+                first.in_features, 4 * classes, dim, first.out_features
+            )
+
+    def forward(self, images, n):
+        """Logits (B, n, C) of normalised images, or (B, n, 4C) while the losses are computed."""
+        present = self.present[:n].repeat(1, 4)
+        logits = torch.einsum("bd,ncd->bnc", self.features(images), self.heads(n))
+        logits = logits.masked_fill(~present, pah.ABSENT)
+        return logits if self.all_outputs else logits[:, :, : self.present.shape[1]]
+
+    def prototype_logits(self, prototypes):
+        """Logits (n, C, 4C) of prototypes (n, C, 3, s, s) as upright images."""
+        n = len(prototypes)
+        present = self.present[:n].repeat(1, 4)
+        features = self.features(prototypes.flatten(0, 1)).unflatten(0, (n, -1))
+        return (features @ self.heads(n).mT).masked_fill(~present[:, None], pah.ABSENT)
+
+    def losses(self, images, labels, task, teacher):
+        """The terms of the method itself, on turned images with turned labels."""
+        turns = torch.randint(4, labels.shape, device=labels.device)
+        stays = torch.rand(labels.shape, device=labels.device) < (4 * self.upright - 1) / 3
+        turns = turns.masked_fill(stays, 0)
+        labels = labels + turns * self.present.shape[1]
+        models = [self] if teacher is None else [self, teacher]
+        try:
+            for model in models:
+                model.all_outputs = True
+            return super().losses(turned(images, turns), labels, task, teacher)
+        finally:
+            for model in models:
+                model.all_outputs = False
+
+
+class Rotated(RotatedLabels, pah.PAH):
+    """PAH with rotated labels; prototypes stay upright."""
+
+
+class RotatedRehearsal(RotatedLabels, Rehearsal):
+    """Rehearsal with rotated labels; prototypes stay upright."""
+
+
+class RotatedThumbnails(RotatedLabels, Thumbnails):
+    """Thumbnails with rotated labels; they stay upright."""

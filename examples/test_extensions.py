@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import pah
-from extensions import Rehearsal
+from extensions import Mirrored, Rehearsal, Rotated, RotatedLabels, RotatedRehearsal
 from torch import nn
 
 K, C, T = 4, 3, 3.0
@@ -22,8 +22,6 @@ RUN = [
     "5",
     "--width",
     "4",
-    "--hidden",
-    "8",
     "--batch-size",
     "50",
     "--epochs",
@@ -33,9 +31,9 @@ RUN += ["--stop-after", "3", "--device", "cpu", "--precision", "fp32"]
 HERE = Path(__file__).resolve().parent
 
 
-def model_of_begun_tasks(**options):
+def model_of_begun_tasks(method=Rehearsal, **options):
     """Prototypes and BatchNorm statistics that matter."""
-    model = Rehearsal(pah.ResNet18(4), K, C, proto_size=6, hidden=8, temperature=T, **options)
+    model = method(pah.ResNet18(4), K, C, proto_size=6, hidden=8, temperature=T, **options)
     model.prototypes.data.normal_()
     model.present.fill_(True)
     for module in model.modules():
@@ -59,8 +57,8 @@ def softened_kl(new, old):
     return T * T * (p * (p.log() - q.log())).sum(-1)
 
 
-def run(out, *flags):
-    baselines.main(["rehearsal", *RUN, "--out", str(out), *map(str, flags)])
+def run(out, *flags, method="rehearsal"):
+    baselines.main([method, *RUN, "--out", str(out), *map(str, flags)])
 
 
 def weights(out):
@@ -153,10 +151,11 @@ def test_a_batch_of_a_single_image():
     assert all(term.isfinite() for term in terms.values())
 
 
-def test_a_run_is_resumed_to_the_same_run(tmp_path):
-    run(tmp_path / "whole")
-    run(tmp_path / "cut", "--stop-after", 2)
-    run(tmp_path / "cut", "--resume")
+@pytest.mark.parametrize("method", ["rehearsal", "rotated", "rotated-lwf"])
+def test_a_run_is_resumed_to_the_same_run(method, tmp_path):
+    run(tmp_path / "whole", method=method)
+    run(tmp_path / "cut", "--stop-after", 2, method=method)
+    run(tmp_path / "cut", "--resume", method=method)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for name in whole:
         assert torch.equal(whole[name], cut[name]), name
@@ -171,6 +170,154 @@ def test_a_run_is_loaded_as_pah_or_as_its_own_class(method, tmp_path):
     row = json.loads((tmp_path / "seed0/results.json").read_text())["accuracy"][1]
     assert pah.evaluate(model, pah.load_tasks(args, 0)[:2])[0] == row
 
+
+# -----------------------------------------------------------------------------
+# Rotated labels
+
+
+class Seen(Exception):
+    """Carries the batch that a method was given."""
+
+
+class Probe(pah.PAH):
+    def losses(self, images, labels, task, teacher):
+        raise Seen(images, labels, self(images, task + 1).shape)
+
+
+class RotatedProbe(RotatedLabels, Probe):
+    pass
+
+
+def test_turned_images_carry_turned_labels():
+    torch.manual_seed(0)
+    model = model_of_begun_tasks(RotatedProbe)
+    model.upright = 0.7
+    images, labels = torch.randn(2000, 3, 4, 4), torch.randint(C, (2000,))
+    with pytest.raises(Seen) as seen:
+        model.losses(images, labels, 1, None)
+    turned, turned_labels, shape = seen.value.args
+    assert shape == (2000, 2, 4 * C)  # the method sees all outputs
+    assert model(images, 2).shape == (2000, 2, C)  # tests do not, even after an error
+    assert torch.equal(turned_labels % C, labels)
+    turns = turned_labels // C
+    for image, before, r in zip(turned, images, turns, strict=True):
+        for _ in range(r):  # a quarter turn: the last column becomes the first row
+            before = before.transpose(1, 2).flip(1)
+        assert torch.equal(image, before)
+    shares = turns.bincount(minlength=4) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.1, 0.1, 0.1]), atol=0.03, rtol=0)
+
+
+def test_rotated_losses_are_those_of_pah_on_all_outputs():
+    model, teacher, images, labels = student_and_teacher(method=Rotated, lam=0.7, mu=0.3)
+    model.upright = 1  # labels are 0 to C - 1 of 4C
+    terms = model.losses(images, labels, 3, teacher)
+    heads, old_heads = model.heads(4), teacher.heads(4)
+    assert heads.shape == (K, 4 * C, 32)
+    with torch.no_grad():
+        kl = [
+            softened_kl(
+                model.eval().backbone(model.prototypes[k]) @ heads[k].T,
+                teacher.backbone(model.prototypes[k]) @ old_heads[k].T,
+            )
+            for k in range(3)
+        ]
+        logits = torch.einsum("bd,ncd->bnc", model.train().backbone(images), heads)
+        old = torch.einsum("bd,ncd->bnc", teacher.backbone(images), old_heads)
+    log_p = logits[:, 3].log_softmax(1)
+    hm = -sum(log_p[b, labels[b]] for b in range(5)) / 5
+    sm = softened_kl(logits[:, :3], old[:, :3]).mean(0).sum()
+    torch.testing.assert_close(terms["hm"], hm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["sm"], 0.7 * sm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["sp"], 0.3 * sum(x.mean() for x in kl), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_rotated_losses_reach():
+    """L_sp trains the prototypes alone, and every one of the 4C outputs is trained."""
+    model, teacher, images, labels = student_and_teacher(method=Rotated)
+    terms = model.losses(images, labels, 2, teacher)
+    terms["sp"].backward(retain_graph=True)
+    assert model.prototypes.grad[:2].abs().amax((1, 2, 3, 4)).min() > 1e-7
+    others = [p for p in model.parameters() if p is not model.prototypes]
+    assert all(p.grad is None for p in others)
+    (terms["hm"] + terms["sm"]).backward()
+    last = model.hypernetwork.layers[-1]
+    assert last.bias.grad.view(4 * C, -1).abs().amax(1).min() > 1e-7
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_an_absent_class_is_absent_under_all_turns():
+    model, teacher, images, labels = student_and_teacher(method=Rotated)
+    for m in (model, teacher):
+        m.present[1, 2] = False
+    with pytest.raises(Seen) as seen:
+        Probed = type("Probed", (RotatedLabels, type("P", (pah.PAH,), {"losses": leak})), {})
+        model.__class__ = Probed
+        model.losses(images, labels, 2, teacher)
+    logits, old = seen.value.args
+    model.__class__ = Rotated
+    absent = torch.zeros(3, 4 * C, dtype=torch.bool)
+    absent[1, 2::C] = True
+    for values in (logits, old):
+        assert torch.equal((values == pah.ABSENT).all(0), absent[: values.shape[1]])
+    assert (model.prototype_logits(model.prototypes[:2])[1, :, 2::C] == pah.ABSENT).all()
+    assert all(term.isfinite() for term in model.losses(images, labels, 2, teacher).values())
+
+
+def leak(self, images, labels, task, teacher):
+    raise Seen(self(images, task + 1), teacher(images, task))
+
+
+def test_rehearsal_sees_all_outputs():
+    model, teacher, images, labels = student_and_teacher(method=RotatedRehearsal)
+    terms = model.losses(images, labels, 2, teacher)
+    terms["sp"].backward()
+    last = model.hypernetwork.layers[-1]
+    assert last.bias.grad.view(4 * C, -1).abs().amax(1).min() > 1e-7
+
+
+class MirroredPAH(Mirrored, pah.PAH):
+    pass
+
+
+def test_mirrored_tests_average_two_views():
+    model, teacher, images, labels = student_and_teacher(method=MirroredPAH)
+    plain = pah.PAH.forward
+    model.mirror = teacher.mirror = True
+    terms = model.losses(images, labels, 2, teacher)
+    model.mirror = False
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model(images, 2), plain(model, images, 2))
+    model.mirror = True
+    assert torch.equal(model(images, 2), plain(model, images, 2))  # not in training
+    model.eval()
+    both = (plain(model, images, 2) + plain(model, images.flip(3), 2)) / 2
+    torch.testing.assert_close(model(images, 2), both)
+    assert set(terms) == {"hm", "sm", "sp"}
+
+
+@pytest.mark.parametrize("method", ["pah", "lwf", "rotated", "rotated-lwf"])
+def test_mirror_images_change_tests_but_not_the_training(method, tmp_path):
+    for out, flags in (("plain", []), ("mirror", ["--mirror"])):
+        run(tmp_path / out, *flags, method=method)
+    plain, mirror = weights(tmp_path / "plain"), weights(tmp_path / "mirror")
+    for name in plain:
+        assert torch.equal(plain[name], mirror[name]), name
+    R = [
+        json.loads((tmp_path / out / "seed0/results.json").read_text())["accuracy"]
+        for out in ("plain", "mirror")
+    ]
+    assert R[0] != R[1]
+
+
+@pytest.mark.parametrize("share", ["0.2", "1.1"])
+def test_a_share_of_upright_images_that_cannot_be(share):
+    with pytest.raises(pah.UserError, match="--upright must be between 0.25 and 1"):
+        baselines.parse_args(["rotated", *RUN, "--upright", share])
+
+
+# -----------------------------------------------------------------------------
+# Several processes
 
 WITHOUT_BATCHNORM = """
 import sys, torch, baselines
