@@ -206,6 +206,7 @@ def test_a_picture_shows_two_runs_side_by_side_on_one_scale(leave, tmp_path, tex
     picture = Image.open(tmp_path / "a.png")
     assert picture.getpixel((56 + 2, 136 + 64 + 2)) == (0, 50, 130)  # task 1 after task 2
     assert picture.getpixel((480 + 24 + 56 + 2, 136 + 64 + 2)) == (230, 110, 0)
+    assert picture.getpixel((480 + 24 + 56 - 1, 136 + 64 + 2)) == (255, 255, 255)
     assert picture.width == 2 * 480 + 24
 
 
