@@ -214,6 +214,7 @@ def test_rotated_losses_are_those_of_pah_on_all_outputs():
     terms = model.losses(images, labels, 3, teacher)
     heads, old_heads = model.heads(4), teacher.heads(4)
     assert heads.shape == (K, 4 * C, 32)
+    assert model.hypernetwork.layers[0].weight.shape == (8, C * 3 * 6**2)  # as PAH's
     with torch.no_grad():
         kl = [
             softened_kl(
