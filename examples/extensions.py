@@ -4,7 +4,8 @@
     python examples/baselines.py thumbnails --tasks 50 --width 16 --image-size 24 --epochs 6
     python examples/baselines.py rotated --width 16 --image-size 24 --epochs 20
 
-Their results are in assets/results.md. In your own script they take the place of `pah.PAH`.
+Results of the first two are in assets/results.md; rotated labels are a trial. In your own script
+the classes take the place of `pah.PAH`.
 """
 
 import math
