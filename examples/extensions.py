@@ -139,11 +139,20 @@ class RotatedLabels:
         features = self.features(prototypes.flatten(0, 1)).unflatten(0, (n, -1))
         return (features @ self.heads(n).mT).masked_fill(~present[:, None], pah.ABSENT)
 
+    def random_turns(self, n, device):
+        """How often to turn each of n images, so that a share `upright` stays as it is."""
+        turns = torch.randint(4, (n,), device=device)
+        stays = torch.rand(n, device=device) < (4 * self.upright - 1) / 3
+        return turns.masked_fill(stays, 0)
+
+    def draw(self, task, n, size):
+        """Of rehearsal: turned prototypes."""
+        images = super().draw(task, n, size)
+        return turned(images, self.random_turns(len(images), images.device))
+
     def losses(self, images, labels, task, teacher):
         """The terms of the method itself, on turned images with turned labels."""
-        turns = torch.randint(4, labels.shape, device=labels.device)
-        stays = torch.rand(labels.shape, device=labels.device) < (4 * self.upright - 1) / 3
-        turns = turns.masked_fill(stays, 0)
+        turns = self.random_turns(len(labels), labels.device)
         labels = labels + turns * self.present.shape[1]
         models = [self] if teacher is None else [self, teacher]
         try:
@@ -160,8 +169,8 @@ class Rotated(RotatedLabels, pah.PAH):
 
 
 class RotatedRehearsal(RotatedLabels, Rehearsal):
-    """Rehearsal with rotated labels; prototypes stay upright."""
+    """Rehearsal with rotated labels; the prototypes in the batch are turned like its images."""
 
 
 class RotatedThumbnails(RotatedLabels, Thumbnails):
-    """Thumbnails with rotated labels; they stay upright."""
+    """Thumbnails with rotated labels; thumbnails in the batch are turned like its images."""
