@@ -298,7 +298,6 @@ def test_mirrored_tests_average_two_views():
     model.mirror = teacher.mirror = True
     terms = model.losses(images, labels, 2, teacher)
     model.mirror = False
-    model.load_state_dict(model.state_dict())
     assert torch.equal(model(images, 2), plain(model, images, 2))
     model.mirror = True
     assert torch.equal(model(images, 2), plain(model, images, 2))  # not in training
@@ -320,6 +319,19 @@ def test_mirror_images_change_tests_but_not_the_training(method, tmp_path):
         for out in ("plain", "mirror")
     ]
     assert R[0] != R[1]
+
+
+def test_the_command_line_sets_what_the_mixins_need():
+    args = baselines.parse_args(["rotated", *RUN, "--upright", "0.5", "--mirror"])
+    model = baselines.build(args, pah.load_tasks(args, 0))
+    assert (model.upright, model.mirror) == (0.5, True)
+
+
+@pytest.mark.parametrize("flags", [["--mirror"], ["--upright", "0.5"]])
+def test_methods_that_do_not_know_the_mixins_say_so(flags, capsys):
+    with pytest.raises(SystemExit):
+        baselines.parse_args(["ewc", *RUN, *flags])
+    assert f"{flags[0]} has no effect on ewc" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["0.2", "1.1"])
