@@ -9,8 +9,10 @@ images: see assets/notebook.md.
 """
 
 import copy
+import json
 import math
 import sys
+from pathlib import Path
 
 import extensions
 import torch
@@ -79,13 +81,13 @@ class MultiHead(nn.Module):
         return {"weights": weights, "other numbers": sum(others), "images": images}
 
 
-class OfPAH(extensions.Mirrored):
+class OfPAH:
     """What the command line needs to know of classes derived from PAH."""
 
     strength = None
     defaults = {}
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
-    flags += ("hidden", "hyper_lr", "proto_lr", "mirror")
+    flags += ("hidden", "hyper_lr", "proto_lr")
     stored = MultiHead.stored
 
 
@@ -100,7 +102,7 @@ class Rehearsal(OfPAH, extensions.Rehearsal):
 class Thumbnails(OfPAH, extensions.Thumbnails):
     """Rehearsal with stored heads and fixed thumbnails (ours)."""
 
-    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init", "mirror")
+    flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
 
 
 class Rotated(OfPAH, extensions.Rotated):
@@ -124,7 +126,7 @@ class RotatedThumbnails(OfPAH, extensions.RotatedThumbnails):
 class LwF(MultiHead):
     """Learning without Forgetting (Li and Hoiem 2016): L_hm and L_sm of PAH with stored heads."""
 
-    flags = (*MultiHead.flags, "lam", "temperature", "mirror")
+    flags = (*MultiHead.flags, "lam", "temperature")
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -139,11 +141,7 @@ class LwF(MultiHead):
         return terms
 
 
-class MirroredLwF(extensions.Mirrored, LwF):
-    """LwF, for --mirror."""
-
-
-class RotatedLwF(extensions.Mirrored, extensions.RotatedLabels, LwF):
+class RotatedLwF(extensions.RotatedLabels, LwF):
     """LwF with rotated labels (ours)."""
 
     flags = (*LwF.flags, "upright")
@@ -674,7 +672,7 @@ class HN3(HN2):
 METHODS = {
     "pah": PAH,
     "finetune": MultiHead,
-    "lwf": MirroredLwF,
+    "lwf": LwF,
     "rehearsal": Rehearsal,
     "thumbnails": Thumbnails,
     "rotated": Rotated,
@@ -695,7 +693,7 @@ METHODS = {
 }
 # the options that not all methods know
 NOT_ALL = ("lam", "mu", "temperature", "proto_size", "proto_init", "hidden", "hyper_lr", "proto_lr")
-NOT_ALL += ("pretrained", "stem", "buffer_size", "mirror", "upright")
+NOT_ALL += ("pretrained", "stem", "buffer_size", "upright")
 
 
 def make_sgd(model, lr, hyper_lr, proto_lr, weight_decay, dtype):
@@ -730,7 +728,6 @@ def make_parser():
     add("--strength", type=float, help="None: the method's own")
     add("--buffer-size", type=int, default=200, help="stored images, in all")
     add("--upright", type=float, default=13 / 16, help="share of images that are not rotated")
-    add("--mirror", action="store_true", help="test on each image and its mirror image")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="of filters; sgd: of all weights")
     parser.epilog = (
         "Other defaults: hn2 and hn3 have --hyper-lr 0.002 --proto-lr 0.002, methods with stored "
@@ -767,8 +764,19 @@ def build(args, tasks):
         model.augmentation = pah.AUGMENTATIONS[args.augment]  # of rehearsal
     else:
         model = method(args, tasks)
-    model.mirror, model.upright = args.mirror, args.upright
+    model.upright = args.upright
     return model
+
+
+def evaluate_mirrored(args, model, tasks, results):
+    """Add the last row of R, as it is with `extensions.Mirrored`, to results.json."""
+    tasks = tasks[: len(results["accuracy"])]
+    results["mirrored"], _ = pah.evaluate(extensions.Mirrored(model), tasks, 4 * args.batch_size)
+    if pah.RANK == 0:
+        with pah.whole_file(Path(args.out) / f"seed{results['seed']}/results.json") as path:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        AA = pah.average_accuracy([results["mirrored"]])
+        print(f"AA {AA:5.2f}  with the mirror image of each test image")
 
 
 def main(argv=None):
@@ -783,6 +791,8 @@ def main(argv=None):
         if args.method == "joint":
             tasks, R = joined(tasks), [[]] * (len(tasks) - 1)
         results.append(pah.run(args, seed, model, tasks, OPTIMIZERS[args.optimizer], R))
+        if args.augment == "crop-flip":  # a mirror image shows the same class
+            evaluate_mirrored(args, model, tasks, results[-1])
     if pah.RANK == 0:
         print(pah.describe(results))
 

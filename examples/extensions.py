@@ -77,21 +77,16 @@ class Thumbnails(Rehearsal):
         return self.stored_heads[:n]
 
 
-class Mirrored:
-    """For any method: tests average the logits of an image and its mirror image, if `mirror`."""
+class Mirrored(nn.Module):
+    """Any model, for tests that average the logits of an image and its mirror image:
+    pah.evaluate(Mirrored(model), tasks)."""
 
-    mirror = False
-
-    def losses(self, images, labels, task, teacher):
-        if teacher is not None:
-            teacher.mirror = False
-        return super().losses(images, labels, task, teacher)
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
     def forward(self, images, n):
-        logits = super().forward(images, n)
-        if self.mirror and not self.training:
-            logits = (logits + super().forward(images.flip(3), n)) / 2
-        return logits
+        return (self.model(images, n) + self.model(images.flip(3), n)) / 2
 
 
 def turned(images, turns):
