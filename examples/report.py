@@ -26,6 +26,7 @@ from baselines import pah
 # options that do not name a setting: those that change no number, and those named apart
 UNNAMED = pah.MAY_DIFFER - {"stop_after"} | {"dataset", "tasks", "method", "precision"}
 COLUMNS = ["setting", "AA", "FM", "LA", "class-inc.", "seeds", "time per seed", "BWT", "precision"]
+COLUMNS += ["AA mirrored"]  # of baselines.py
 # of Okabe and Ito (2008), for colour-blind readers
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000"]
 
@@ -79,6 +80,7 @@ def numbers(result):
     """The columns of numbers, by name; NaN where a run has none."""
     values = pah.metrics(result["accuracy"])
     values |= {"class-inc.": result["class_incremental"][-1], "time": result["seconds"]}
+    values["mirrored"] = mean(result["mirrored"]) if "mirrored" in result else None
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
@@ -129,14 +131,16 @@ def table(group, settings):
         of_tiny = "tinyimagenet, 10 tasks" if "†" in name else "tinyimagenet, 20 tasks"
         AA, FM = {"cifar100, 10 tasks": cells[:2], of_tiny: cells[2:]}.get(group, ["-", "-"])
         if AA != "-":
-            rows.append([f"{name.replace('†', '')} (reported)", AA, FM, *6 * ["-"]])
+            rows.append([f"{name.replace('†', '')} (reported)", AA, FM, *7 * ["-"]])
     for (name, precision), seeds in settings.items():
         runs = [numbers(result) for result in seeds.values()]
         columns = {name: [run[name] for run in runs] for name in runs[0]}
         cells = [mean_and_deviation(columns[name]) for name in ("AA", "FM", "LA", "class-inc.")]
         seconds = timedelta(seconds=round(mean(columns["time"])))
         cells += [" ".join(map(str, seeds)), str(seconds), mean_and_deviation(columns["BWT"])]
-        rows.append([name, *cells, precision])
+        rows.append([name, *cells, precision, mean_and_deviation(columns["mirrored"])])
+    if all(row[-1] == "-" for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
     return rows
 
 
@@ -150,15 +154,15 @@ def print_text(group, rows):
 
 def print_markdown(group, rows):
     print(f"\n**{group}**\n")
-    for row in [rows[0], ["---"] * len(COLUMNS), *rows[1:]]:
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print(f"| {' | '.join(row)} |")
 
 
 def print_latex(group, rows):
     special = str.maketrans({c: "\\" + c for c in "&%$#_{}"} | {"±": r"$\pm$"})
     print("\n% needs \\usepackage{booktabs}")
-    print(f"\\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}\n\\toprule")
-    print(f"\\multicolumn{{{len(COLUMNS)}}}{{l}}{{{group.translate(special)}}} \\\\\n\\midrule")
+    print(f"\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}\n\\toprule")
+    print(f"\\multicolumn{{{len(rows[0])}}}{{l}}{{{group.translate(special)}}} \\\\\n\\midrule")
     for i, row in enumerate(rows):
         cells = [cell.translate(special).replace("--", "-{}-") for cell in row]
         print(" & ".join(cells), r"\\" + ("\n\\midrule" if i == 0 else ""))

@@ -59,6 +59,21 @@ def test_a_row_is_a_setting_with_all_its_seeds(leave, tmp_path, capsys):
     assert err == ""
 
 
+def test_mirrored_has_a_column_where_a_run_has_it(leave, tmp_path, capsys):
+    path = leave("a", 0, 80.0)
+    leave("b", 0, 40.0, lam=0.5)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mirrored": [81.0, 84.5]}))
+    for style in ("text", "markdown", "latex"):
+        rows, _ = rows_of(tmp_path, capsys, "--format", style)
+        (header,) = (row for row in rows if "LA" in row)
+        assert "precision" in header and "AA mirrored" in header
+        assert ["82.75" in row for row in rows if "PAH" in row] == [True, False]
+    (tmp_path / "a/seed0/results.json").unlink()
+    rows, err = rows_of(tmp_path, capsys)
+    assert rows[1].split()[-1] == "precision" and rows[2].split()[-1] == "fp32"
+    assert err == ""
+
+
 def test_data_sets_of_the_same_last_name_are_apart(leave, tmp_path, capsys):
     leave("a", 0, 80.0, dataset="here/cats")
     leave("b", 1, 82.0, dataset="there/cats")
@@ -127,7 +142,7 @@ def test_markdown(leave, tmp_path, capsys):
     leave("a", 0, 80.0)
     rows, _ = rows_of(tmp_path, capsys, "--format", "markdown")
     assert rows[0] == "**synthetic, 10 tasks**"
-    assert {row.count("|") for row in rows[1:]} == {len(report.COLUMNS) + 1}
+    assert {row.count("|") for row in rows[1:]} == {len(report.COLUMNS)}  # no "AA mirrored"
 
 
 def test_latex(leave, tmp_path, capsys):
