@@ -277,6 +277,10 @@ class Memory(nn.Module):
         for name, values in what.items():
             getattr(self, name)[rows] = values
 
+    def classes(self, rows):
+        """Labels of all tasks together: task * C + label."""
+        return self.tasks[rows] * self.logits.shape[1] + self.labels[rows]
+
     def draw(self, n):
         """n different random rows, or all where there are fewer."""
         return torch.randperm(self.filled, device=self.labels.device)[:n]
@@ -315,11 +319,12 @@ class Replay(MultiHead):
         self.memory = Memory(args.buffer_size, tasks, self.present.shape[1])
         self.augmentation = pah.AUGMENTATIONS[args.augment]
 
+    def augmented(self, images):
+        return images if self.augmentation is None else self.augmentation(images)
+
     def replay(self, rows):
         """Logits of stored images, each with the head of its own task."""
-        images = self.memory.images[rows]
-        if self.augmentation is not None:
-            images = self.augmentation(images)
+        images = self.augmented(self.memory.images[rows])
         tasks = self.memory.tasks[rows]
         features = self.features(pah.normalise(images))
         logits = torch.einsum("bd,bcd->bc", features, self.stored_heads[tasks])
@@ -476,6 +481,109 @@ class GCR(Replay):
         slope = self.beta * (logits.softmax(1) - F.one_hot(labels, classes))
         slope += self.strength * 2 / classes * (logits - stored)
         return (slope[:, :, None] * features[:, None]).flatten(1)
+
+
+class CCLIS(Replay):
+    """Contrastive continual learning with importance sampling (Li et al. 2024): features are
+    learned by a contrastive loss between learnable vectors, one for each class, and images; the
+    heads by cross-entropy at the end of each task, on its images and the stored ones.
+
+    Adds strength * the cross-entropy between how old and new model share each image among the old
+    classes. Images that lie close to other classes are stored more often and weighted less.
+
+    Its authors train for 500 epochs, then 100 per task. Here all tasks have --epochs.
+    """
+
+    strength = 0.6
+    flags = (*Replay.flags, "proto_lr")
+    defaults = {"optimizer": "sgd", "proto_lr": 0.01}
+    every_class = True
+    temperature, old_temperature, new_temperature = 0.5, 0.1, 0.2
+
+    def __init__(self, args, tasks):
+        super().__init__(args, tasks)
+        dim = self.stored_heads.shape[2]
+        self.stored_heads.requires_grad_(False)
+        self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 128))
+        # a vector per class, under the name that has --proto-lr
+        self.prototypes = nn.Parameter(torch.randn(*self.limits, 128))
+
+    def cosines(self, features, n):
+        """Of projected features (B, D) and the vectors of n tasks: (B, n * C)."""
+        projected = F.normalize(self.projector(features), dim=1)
+        cosines = projected @ F.normalize(self.prototypes[:n].flatten(0, 1), dim=1).T
+        return cosines.masked_fill(~self.present[:n].flatten(), pah.ABSENT)
+
+    def losses(self, images, labels, task, teacher):
+        memory, classes = self.memory, self.present.shape[1]
+        rows = memory.draw(len(images))
+        weights = torch.cat([torch.ones(len(images)).to(images), memory.weights[rows]])
+        images = torch.cat([images, pah.normalise(self.augmented(memory.images[rows]))])
+        labels = torch.cat([labels + task * classes, memory.classes(rows)])
+        cosines = self.cosines(self.features(images), task + 1)
+
+        # anchors are the vectors of the images' classes: row i holds l_(y_i, j) for all images j
+        logits = cosines.T[labels] / self.temperature
+        old = labels < task * classes
+        negative = labels[:, None] != labels
+        weighted = logits + (old[:, None] & old & negative) * weights.log()
+        terms = {"contrastive": (weighted.logsumexp(1) - logits.diagonal()).mean()}
+        if teacher is not None:
+            with torch.no_grad():
+                before = teacher.cosines(teacher.features(images), task) / self.old_temperature
+            now = cosines[:, : task * classes] / self.new_temperature
+            terms["relations"] = self.strength * F.cross_entropy(now, before.softmax(1))
+        return terms
+
+    @torch.no_grad()
+    def end_task(self, task, images, labels):
+        self.eval()
+        memory, classes = self.memory, self.present.shape[1]
+        rows = slice(memory.filled)
+        images = torch.cat([images, memory.images[rows]])
+        labels = torch.cat([labels + task * classes, memory.classes(rows)])
+        features = torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
+        self.fit_heads(task + 1, features, labels)
+
+        # score: how much of the other classes' attention to all images an image gets
+        share = (self.cosines(features, task + 1) / self.temperature).softmax(0)
+        known = self.present[: task + 1].flatten().clone()
+        kept, weights = [], []
+        quota, rest = divmod(len(memory.images), int(known.sum()))
+        for c in labels.unique().tolist():
+            own = torch.nonzero(labels == c).flatten()
+            others = known.clone()
+            others[c] = False
+            scores = share[own][:, others].mean(1)
+            n = quota
+            if rest > 0:
+                n, rest = n + 1, rest - 1
+            chosen = torch.multinomial(scores, min(n, len(own)))
+            kept.append(own[chosen])
+            weights.append(scores.sum() / (scores[chosen] * len(chosen)))
+        kept = torch.cat(kept)
+        memory.filled = len(kept)
+        tasks, of_task = labels[kept] // classes, labels[kept] % classes
+        memory.put(
+            slice(len(kept)),
+            images=images[kept],
+            tasks=tasks,
+            labels=of_task,
+            weights=torch.cat(weights),
+        )
+
+    @torch.enable_grad()
+    def fit_heads(self, n, features, labels, steps=1000):
+        """Train the heads of n tasks on features (N, D), all classes equally often."""
+        heads = torch.zeros_like(self.stored_heads[:n].flatten(0, 1), requires_grad=True)
+        optimizer = torch.optim.SGD([heads], 0.05, 0.9)
+        often = 1 / labels.bincount()[labels]
+        for _ in range(steps):
+            rows = torch.multinomial(often, 512, replacement=True)
+            F.cross_entropy(features[rows] @ heads.T, labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.stored_heads[:n] = heads.detach().unflatten(0, (n, -1))
 
 
 # -----------------------------------------------------------------------------
@@ -687,6 +795,7 @@ METHODS = {
     "derfresh": DERFresh,
     "derpp": DERpp,
     "gcr": GCR,
+    "cclis": CCLIS,
     "pnn": PNN,
     "hn2": HN2,
     "hn3": HN3,

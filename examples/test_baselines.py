@@ -1,6 +1,7 @@
 """What the methods of baselines.py compute, and that each runs under the protocol of pah.py."""
 
 import argparse
+import copy
 import json
 
 import baselines
@@ -68,6 +69,7 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     rates = ["--hyper-lr", 0.01, "--proto-lr", 0.01] if method.startswith("hn") else []
     r = run(method, tmp_path, *rates)
     images = {"agem": 80, "der": 200, "derfresh": 200, "derpp": 200, "gcr": 200}
+    images["cclis"] = 200
     assert r["complete"]
     assert r["LA"] > 40  # of four classes
     assert r["args"]["method"] == method
@@ -75,7 +77,7 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     assert r["stored"]["weights"] == sum(r["parameters"].values())
 
 
-@pytest.mark.parametrize("method, images", [("agem", 100), ("gcr", 200)])
+@pytest.mark.parametrize("method, images", [("agem", 100), ("gcr", 200), ("cclis", 200)])
 def test_memories_are_shared_by_the_classes_that_there_are(method, images, tmp_path):
     sizes = ["--tasks", 10, 2, 2, 2, 2, 2]
     r = run(method, tmp_path, *sizes, "--epochs", 1, "--stop-after", 1)
@@ -117,7 +119,7 @@ def test_joint_training_is_tested_on_each_task(tmp_path):
     assert r["complete"]
 
 
-@pytest.mark.parametrize("method", ["derpp", "si"])
+@pytest.mark.parametrize("method", ["derpp", "si", "cclis"])
 def test_a_resumed_run_is_the_same_run(method, tmp_path):
     run(method, tmp_path / "whole", "--epochs", 1)
     run(method, tmp_path / "cut", "--epochs", 1, "--stop-after", 1)
@@ -531,6 +533,99 @@ def test_gcr_fills_its_memory():
         classes = memory.tasks * 3 + memory.labels
         assert memory.filled == 20
         assert classes.bincount().tolist() == per_class
+
+
+def cclis_of_two_tasks():
+    """A CCLIS in its second task, with a teacher, eight images, and six stored ones of the first."""
+    model, images, labels = made("cclis")
+    memory = model.memory
+    memory.put(slice(6), images=images[:6], labels=labels[:6], tasks=0)
+    memory.put(slice(6), weights=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    memory.filled = 6
+    teacher = copy.deepcopy(model).eval()
+    torch.nn.init.normal_(model.prototypes)
+    model.begin_task(1, images, labels)
+    model.memory.draw = lambda n: torch.tensor([4, 1, 0])
+    return model, teacher, images, labels
+
+
+def test_the_contrastive_loss_of_cclis_by_hand():
+    model, teacher, images, labels = cclis_of_two_tasks()
+    x = pah.normalise(torch.cat([images, images[[4, 1, 0]]]))
+    classes = [2 + y for y in labels.tolist()] + [0, 1, 0]
+    weights = [1.0] * 8 + [5.0, 2.0, 1.0]
+    z = F.normalize(model.projector(model.features(x)), dim=1)
+    w = F.normalize(model.prototypes.flatten(0, 1), dim=1)
+    loss = 0.0
+    for i, c in enumerate(classes):
+        total = 0.0
+        for j, other in enumerate(classes):
+            # stored images count for a whole class, where an old class is the anchor
+            weight = weights[j] if c < 2 and other < 2 and c != other else 1.0
+            total += weight * torch.exp(w[c] @ z[j] / 0.5)
+        loss -= (w[c] @ z[i] / 0.5 - torch.log(total)) / len(classes)
+    terms = model.losses(pah.normalise(images), labels, 1, teacher)
+    assert terms["contrastive"].item() == pytest.approx(loss.item(), rel=1e-4)
+    with torch.no_grad():
+        old = F.normalize(teacher.projector(teacher.features(x)), dim=1)
+        old = old @ F.normalize(teacher.prototypes[0], dim=1).T
+    relations = -((old / 0.1).softmax(1) * (z @ w[:2].T / 0.2).log_softmax(1)).sum(1).mean()
+    assert terms["relations"].item() == pytest.approx(0.6 * relations.item(), rel=1e-4)
+
+
+def test_cclis_learns_everything_but_its_heads_in_its_steps():
+    model, teacher, images, labels = cclis_of_two_tasks()
+    sum(model.losses(pah.normalise(images), labels, 1, teacher).values()).backward()
+    still = {name for name, p in model.named_parameters() if p.grad is None}
+    assert still == {"stored_heads"}
+    assert model.prototypes.grad[:2].abs().amax(2).min() > 0
+    assert model.prototypes.grad[2].abs().max() == 0
+
+
+def test_cclis_stores_what_other_classes_are_close_to(monkeypatch):
+    """The more of the other classes' attention an image gets, the likelier and lighter it is."""
+    model, _, images, labels = cclis_of_two_tasks()
+    del model.memory.draw
+    model.memory.images = model.memory.images[:12]  # three of each class
+    cosines = torch.randn(14, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model, "cosines", lambda features, n: cosines)
+    monkeypatch.setattr(model, "fit_heads", lambda *args: None)
+    asked = []
+    multinomial = torch.multinomial
+
+    def note(scores, n):
+        asked.append((scores, n))
+        return multinomial(scores, n)
+
+    monkeypatch.setattr(torch, "multinomial", note)
+    model.end_task(1, images, labels)
+    share = (cosines / 0.5).softmax(0)
+    of_class = labels.tolist() + [0, 1, 0, 1, 0, 1]
+    of_class = [2 + y for y in of_class[:8]] + of_class[8:]
+    assert [n for _, n in asked] == [3, 3, 3, 3]
+    for c, (scores, _) in enumerate(asked):
+        own = [i for i, y in enumerate(of_class) if y == c]
+        others = [y for y in range(4) if y != c]
+        expected = [sum(share[i, y].item() for y in others) / 3 for i in own]
+        assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+        rows = model.memory.classes(slice(12)) == c
+        weight = model.memory.weights[:12][rows]
+        possible = [sum(expected) / (3 * score) for score in expected]
+        for value in weight.tolist():
+            assert min(abs(value - other) for other in possible) < 1e-4
+    assert model.memory.filled == 12
+
+
+def test_the_heads_of_cclis_are_fitted_to_features_of_all_classes_alike():
+    model, images, labels = made("cclis")
+    model.begin_task(1, images, labels)
+    centres = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1] + [2, 3] * 100)
+    model.fit_heads(2, centres[labels], labels, steps=100)
+    logits = centres @ model.heads(2).flatten(0, 1).T
+    assert logits.argmax(1).tolist() == [0, 1, 2, 3]
+    assert logits.softmax(1).diagonal().min() > 0.9
+    assert model.stored_heads[2].abs().max() < 1  # as it was
 
 
 # -----------------------------------------------------------------------------
