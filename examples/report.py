@@ -2,6 +2,7 @@
 
     python examples/report.py runs                             # or --format markdown, latex
     python examples/report.py runs --curves curves.png         # AA after each task
+    python examples/report.py runs --curves curves.png --over lam mu      # AA and FM over options
     python examples/report.py runs/cifar100-10/seed0 --picture accuracy.png     # or two runs
     python examples/report.py runs/cifar100-10/seed0 --prototypes prototypes.png
 
@@ -276,6 +277,65 @@ def draw_curves(groups, path):
         picture.save(temporary, format="PNG")
 
 
+def values_of(option, groups):
+    """{value of the option: results}, in order, of settings that differ in this option alone."""
+    word = f"--{option.replace('_', '-')}"
+    default = baselines.make_parser().get_default(option.replace("-", "_"))
+    rows = {}
+    for group, settings in groups.items():
+        for (name, precision), seeds in settings.items():
+            found = re.search(f" {word} ([^ ]+)", name)
+            with pah.user_error(f"--over {option} is not an option with numbers"):
+                value = float(found[1] if found else default)
+            others = name.replace(found[0] if found else "", "")
+            rows.setdefault((group, others, precision), {})[value] = list(seeds.values())
+    most = max(rows.values(), key=len)
+    pah.require(len(most) > 1, f"--over {option}: no two settings differ in this option alone")
+    return dict(sorted(most.items()))
+
+
+def draw_ablations(options, groups, path):
+    """AA above FM, over the values of each option: mean and deviation over the seeds."""
+    from PIL import Image, ImageDraw
+
+    ablations = [values_of(option, groups) for option in options]
+    left, wide, high, bottom = 80, 380, 200, 100  # of a panel: where it starts, and its size
+    picture = Image.new("RGB", (left + wide * len(options), 2 * (high + 80) + bottom), "white")
+    canvas = ImageDraw.Draw(picture)
+    for name, colour, top in (("AA", COLOURS[0], 60), ("FM", COLOURS[1], 140 + high)):
+        panels = [
+            {x: [pah.metrics(run["accuracy"])[name] for run in runs] for x, runs in row.items()}
+            for row in ablations
+        ]
+        every = [y for panel in panels for values in panel.values() for y in values]
+        step = next(
+            s for s in (1, 2, 5, 10, 20, 25, 50) if min(every) // s * s + 4 * s > max(every)
+        )
+        low = int(min(every) // step * step)
+        canvas.text((8, top - 52), f"{name} in %", colour, font_size=28)
+        for i in range(5):
+            y = top + high * (4 - i) / 4
+            canvas.text((left - 12, y), str(low + i * step), "black", font_size=26, anchor="rm")
+            canvas.line([(left, y), (picture.width - 20, y)], "lightgrey")
+        for j, panel in enumerate(panels):
+            first, last, line = min(panel), max(panel), []
+            for value, values in panel.items():
+                x = left + wide * j + 40 + (wide - 100) * (value - first) / (last - first)
+                y = top + high * (1 - (mean(values) - low) / (4 * step))
+                spread = high * (stdev(values) if len(values) > 1 else 0) / (4 * step)
+                canvas.line([(x, y - spread), (x, y + spread)], colour, width=4)
+                canvas.ellipse((x - 6, y - 6, x + 6, y + 6), colour)
+                line.append((x, y))
+                place = (x, picture.height - bottom + 24)
+                canvas.text(place, f"{value:g}", "black", font_size=24, anchor="ms")
+            canvas.line(line, colour, width=4)
+    for j, option in enumerate(options):
+        place = (left + wide * j + wide // 2 - 10, picture.height - 24)
+        canvas.text(place, f"--{option}", "black", font_size=26, anchor="ms")
+    with pah.whole_file(Path(path)) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def first_prototypes(args, seed):
     """The prototypes (K, C, 3, s, s) when their task began: a run of zero epochs has the same.
 
@@ -337,7 +397,12 @@ def main(argv=None):
     parser.add_argument("--picture", help="instead: draw the accuracies of one run or two")
     parser.add_argument("--prototypes", help="instead: draw the prototypes of one run")
     parser.add_argument("--curves", help="instead: draw AA after each task, one line per setting")
+    parser.add_argument(
+        "--over", nargs="+", help="with --curves: draw AA and FM over these options, such as lam mu"
+    )
     args = parser.parse_args(argv)
+    if args.over and not args.curves:
+        parser.error("--over needs --curves")
     for picture in (args.picture, args.prototypes, args.curves):
         if picture and not picture.endswith(".png"):
             parser.error(f"{picture}: pictures are .png files")
@@ -345,6 +410,9 @@ def main(argv=None):
     if not (args.picture or args.prototypes):
         groups = collect(args.folders)
         pah.require(groups, f"no finished run below {' '.join(args.folders)}")
+    if args.curves and args.over:
+        draw_ablations(args.over, groups, args.curves)
+        return
     if args.curves:
         draw_curves(groups, args.curves)
         return

@@ -294,6 +294,41 @@ def test_curves_of_perfect_runs(leave, tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_ablations_show_the_settings_that_differ_in_one_option(leave, tmp_path, texts):
+    leave("a", 0, 80.0)
+    leave("b", 0, 60.0, lam=0.5)
+    leave("b", 1, 64.0, lam=0.5)
+    leave("c", 0, 40.0, lam=0.25)
+    leave("d", 0, 10.0, lam=0.5, mu=0.0)
+    leave("e", 0, 20.0, mu=0.0)
+    path = str(tmp_path / "curves.png")
+    groups = report.collect([tmp_path])
+    found = report.values_of("lam", groups)
+    AA = {x: [pah.metrics(run["accuracy"])["AA"] for run in runs] for x, runs in found.items()}
+    assert AA == {0.25: [40.0], 0.5: [60.0, 64.0], 1.0: [80.0]}
+    report.main([str(tmp_path), "--curves", path, "--over", "lam", "mu"])
+    assert [text for text in texts if "--" in text] == ["--lam", "--mu"]
+    for value in ("0.25", "0.5", "1"):
+        assert value in texts
+    picture = Image.open(path)
+    assert {"20", "40", "60", "80", "100"} <= set(texts)
+    of_AA = [(80 + 40, 60 + 150), (80 + 40 + 280, 60 + 50)]  # 40% at 0.25, 80% at 1
+    for place in of_AA:
+        assert picture.getpixel(place) == ImageColor.getrgb(report.COLOURS[0])
+    assert picture.width == 80 + 2 * 380
+
+
+def test_what_cannot_be_drawn_over_an_option_says_so(leave, tmp_path, capsys):
+    leave("a", 0, 80.0)
+    curves = ["--curves", tmp_path / "a.png", "--over"]
+    assert "no two settings differ in this option" in end_of_report(tmp_path, *curves, "lam")
+    assert "is not an option with numbers" in end_of_report(tmp_path, *curves, "proto-init")
+    assert "is not an option with numbers" in end_of_report(tmp_path, *curves, "lambda")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path), "--over", "lam"])
+    assert "--over needs --curves" in capsys.readouterr().err
+
+
 def end_of_report(*args):
     """The one line on which report.py ends, as the command line prints it."""
     command = [sys.executable, ROOT / "examples/report.py", *map(str, args)]
