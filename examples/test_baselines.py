@@ -589,13 +589,15 @@ def test_cclis_stores_what_other_classes_are_close_to(monkeypatch):
     model.memory.images = model.memory.images[:12]  # three of each class
     cosines = torch.randn(14, 4, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(model, "cosines", lambda features, n: cosines)
-    monkeypatch.setattr(model, "fit_heads", lambda *args: None)
+    fitted = []
+    monkeypatch.setattr(model, "fit_heads", lambda *args: fitted.append(args))
     asked = []
     multinomial = torch.multinomial
 
-    def note(scores, n):
-        asked.append((scores, n))
-        return multinomial(scores, n)
+    def note(scores, n, replacement=False):
+        if not replacement:
+            asked.append((scores, n))
+        return multinomial(scores, n, replacement)
 
     monkeypatch.setattr(torch, "multinomial", note)
     model.end_task(1, images, labels)
@@ -614,6 +616,10 @@ def test_cclis_stores_what_other_classes_are_close_to(monkeypatch):
         for value in weight.tolist():
             assert min(abs(value - other) for other in possible) < 1e-4
     assert model.memory.filled == 12
+    ((n, features, every),) = fitted
+    assert n == 2 and len(features) == 14 + 28  # images, and augmented ones
+    assert every[:14].tolist() == of_class
+    assert every[14:].bincount().min() > 0
 
 
 def test_the_heads_of_cclis_are_fitted_to_features_of_all_classes_alike():
