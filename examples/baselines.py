@@ -330,6 +330,12 @@ class Replay(MultiHead):
         logits = torch.einsum("bd,bcd->bc", features, self.stored_heads[tasks])
         return logits.masked_fill(~self.present[tasks], pah.ABSENT)
 
+    def distances(self, rows):
+        """Squared distance of the logits of stored images to those in the memory, mean over the
+        classes of their task: (B,)."""
+        squares = (self.replay(rows) - self.memory.logits[rows]).square().sum(1)
+        return squares / self.present[self.memory.tasks[rows]].sum(1)
+
 
 def projected(gradient, reference):
     """`gradient` without what points against `reference`, if anything does (Eq. 11 of A-GEM)."""
@@ -379,7 +385,7 @@ class DER(Replay):
         terms = {"ce": F.cross_entropy(logits, labels)}
         if memory.filled:
             rows = memory.draw(len(images))
-            terms["der"] = self.strength * F.mse_loss(self.replay(rows), memory.logits[rows])
+            terms["der"] = self.strength * self.distances(rows).mean()
         if memory.filled and self.beta:
             rows = memory.draw(len(images))
             terms["er"] = self.beta * F.cross_entropy(self.replay(rows), memory.labels[rows])
@@ -438,7 +444,7 @@ class GCR(Replay):
         terms, memory = super().losses(images, labels, task, teacher), self.memory
         if memory.filled:
             a, b = memory.draw(len(images)), memory.draw(len(images))
-            distances = (self.replay(a) - memory.logits[a]).square().mean(1)
+            distances = self.distances(a)
             losses = F.cross_entropy(self.replay(b), memory.labels[b], reduction="none")
             weights_a, weights_b = memory.weights[a], memory.weights[b]
             terms["der"] = self.strength * (weights_a @ distances) / weights_a.sum()
@@ -477,9 +483,8 @@ class GCR(Replay):
         features = torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
         logits = features @ self.stored_heads[task].T
         logits = logits.masked_fill(~self.present[task], pah.ABSENT)
-        classes = logits.shape[1]
-        slope = self.beta * (logits.softmax(1) - F.one_hot(labels, classes))
-        slope += self.strength * 2 / classes * (logits - stored)
+        slope = self.beta * (logits.softmax(1) - F.one_hot(labels, logits.shape[1]))
+        slope += self.strength * 2 / self.present[task].sum() * (logits - stored)
         return (slope[:, :, None] * features[:, None]).flatten(1)
 
 

@@ -379,6 +379,24 @@ def test_terms_of_stored_images(method, beta):
     torch.testing.assert_close(total(model, x, labels, 0), expected)
 
 
+def test_distances_of_logits_are_means_over_the_classes_of_a_task():
+    """One of two classes present: the squared distance of its logit, not half of it."""
+    model, images, labels = made("gcr", strength=0.7)
+    model.present[1, 0] = True
+    memory = model.memory
+    memory.put(slice(8), images=images, labels=0, tasks=1, logits=pah.ABSENT)
+    memory.logits[:8, 0] = wanted = torch.randn(8)
+    model.eval()
+    with torch.no_grad():
+        logits = model(pah.normalise(images), 2)[:, 1]
+        expected = (logits[:, 0] - wanted) ** 2
+        torch.testing.assert_close(model.distances(torch.arange(8)), expected)
+        gradients = model.head_gradients(1, images, labels * 0, memory.logits[:8])
+        features = model.features(pah.normalise(images))
+    slope = 2 * 0.7 * (logits[:, :1] - wanted[:, None])
+    torch.testing.assert_close(gradients[:, : features.shape[1]], slope * features)
+
+
 def test_the_reservoir_holds_images_of_all_times_as_they_came():
     memory = made("der")[0].memory
     torch.manual_seed(0)
