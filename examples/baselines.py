@@ -38,11 +38,13 @@ class MultiHead(nn.Module):
 
     What must outlive a task is a parameter or a buffer, so that checkpoints hold it. `flags` are
     the options of NOT_ALL that a method accepts, `defaults` those whose default is not pah.py's.
+    A method with `own_gradients` differentiates its losses itself, unscaled.
     """
 
     strength = None
     flags = ("stem", "pretrained")
     defaults = {}
+    own_gradients = False
     frozen = ()  # modules that no longer learn
     features = pah.PAH.features
     forward = pah.PAH.forward
@@ -86,6 +88,7 @@ class OfPAH:
 
     strength = None
     defaults = {}
+    own_gradients = False
     flags = ("stem", "pretrained", "lam", "mu", "temperature", "proto_size", "proto_init")
     flags += ("hidden", "hyper_lr", "proto_lr")
     stored = MultiHead.stored
@@ -190,6 +193,7 @@ class EWC(MultiHead):
     """
 
     strength = 100.0
+    own_gradients = True
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -223,6 +227,7 @@ class SI(MultiHead):
     """
 
     strength = 3.0
+    own_gradients = True
     damping = 0.1  # xi
 
     def __init__(self, args, tasks):
@@ -348,6 +353,7 @@ class AGEM(Replay):
     memory, so it is full only after the last task."""
 
     strength = 200.0
+    own_gradients = True
     every_class = True
 
     def losses(self, images, labels, task, teacher):
@@ -875,6 +881,8 @@ def parse_args(argv=None):
     for name in unknown:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
+    if args.precision == "fp16" and method.own_gradients:
+        parser.error(f"gradients of {args.method} vanish in fp16; use --precision bf16 or fp32")
     if pah.WORLD > 1 and args.method not in ("pah", "rehearsal"):
         parser.error("only pah and rehearsal run with several processes")
     return args

@@ -143,6 +143,16 @@ def test_an_option_that_means_nothing_is_refused(flags, capsys):
     assert f"{option} has no effect on {method}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["ewc", "si", "agem"])
+def test_gradients_that_nobody_scales_are_not_in_fp16(method, capsys):
+    for allowed in ([method, "--precision", "bf16"], ["lwf", "--precision", "fp16"]):
+        baselines.parse_args([*allowed, "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        baselines.parse_args([method, "--precision", "fp16", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert f"gradients of {method} vanish in fp16; use --precision bf16 or fp32" in said
+
+
 def test_methods_have_defaults_of_their_own():
     def options(flags):
         args = baselines.parse_args(flags.split())
