@@ -882,7 +882,7 @@ def parse_args(argv=None):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} has no effect on {args.method}")
     if args.precision == "fp16" and method.own_gradients:
-        parser.error(f"gradients of {args.method} vanish in fp16; use --precision bf16 or fp32")
+        parser.error(f"gradients of {args.method} may vanish in fp16; use --precision bf16 or fp32")
     if pah.WORLD > 1 and args.method not in ("pah", "rehearsal"):
         parser.error("only pah and rehearsal run with several processes")
     return args
