@@ -504,14 +504,20 @@ def test_other_methods_are_shown_with_their_defaults():
 
 
 def rows_of_results():
-    """(setting, first cell, other cells) of each row: the last command above it and its options."""
-    command = ""
+    """(setting, first cell, other cells by column) of each row of the tables of results.
+
+    A setting is the last command above the row and the options in its first cell.
+    """
+    command, header = "", []
     for line in RESULTS.splitlines():
         command = (re.findall("`python pah.py *([^`]*)`", line) or [command])[-1]
         words, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[:1] == ["AA"]:
+            header = cells
         if line.startswith("|") and len(cells) >= 6 and cells[0][:1].isdigit() and cells[5]:
             options = [word for code in re.findall("`(.*?)`", words) for word in code.split()]
-            yield setting_of([*command.split(), *options]), words, cells
+            name = setting_of([*command.split(), *options])
+            yield name, words, dict(zip(header, cells, strict=True))
 
 
 def stored(name):
@@ -535,11 +541,10 @@ def test_the_tables_of_results_md_are_what_report_prints():
         )
     rows = printed()
     for name, words, cells in rows_of_results():
-        assert cells[:6] == rows[name][:6], name
-        if len(cells) > 6:
-            assert cells[6] == stored(name), name
-        if len(cells) > 7:
-            assert cells[7] == reported.get(words.split(":")[0], ""), name
+        printed_cells = dict(zip(report.COLUMNS[1:], rows[name], strict=False))
+        printed_cells["stored"] = stored(name)
+        printed_cells["paper, AA / FM"] = reported.get(words.split(":")[0], "")
+        assert cells == {column: printed_cells[column] for column in cells}, name
         shown.add(name)
     assert shown == set(rows)
 
