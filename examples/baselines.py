@@ -740,7 +740,8 @@ class HN2(PerTask):
     look-ahead).
 
     A new task's embedding is random, as von Oswald et al. have it. The authors' code copies the
-    last task's, from which ten epochs hardly lead away: in a trial later tasks ended 14 points lower.
+    last task's, from which ten epochs hardly lead away: in a trial later tasks ended 14
+    points lower.
     """
 
     strength = 2.0

@@ -564,7 +564,7 @@ def test_gcr_fills_its_memory():
 
 
 def cclis_of_two_tasks():
-    """A CCLIS in its second task, with a teacher, eight images, and six stored ones of the first."""
+    """A CCLIS in its second task, its teacher, eight images, and six stored ones of the first."""
     model, images, labels = made("cclis")
     memory = model.memory
     memory.put(slice(6), images=images[:6], labels=labels[:6], tasks=0)
