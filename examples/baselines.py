@@ -114,18 +114,6 @@ class Rotated(OfPAH, extensions.Rotated):
     flags = (*OfPAH.flags, "upright")
 
 
-class RotatedRehearsal(OfPAH, extensions.RotatedRehearsal):
-    """Rehearsal with rotated labels (ours)."""
-
-    flags = (*OfPAH.flags, "upright")
-
-
-class RotatedThumbnails(OfPAH, extensions.RotatedThumbnails):
-    """Thumbnails with rotated labels (ours)."""
-
-    flags = (*Thumbnails.flags, "upright")
-
-
 class LwF(MultiHead):
     """Learning without Forgetting (Li and Hoiem 2016): L_hm and L_sm of PAH with stored heads."""
 
@@ -805,8 +793,6 @@ METHODS = {
     "rehearsal": Rehearsal,
     "thumbnails": Thumbnails,
     "rotated": Rotated,
-    "rotated-rehearsal": RotatedRehearsal,
-    "rotated-thumbnails": RotatedThumbnails,
     "rotated-lwf": RotatedLwF,
     "joint": Joint,
     "ewc": EWC,

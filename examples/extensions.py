@@ -140,11 +140,6 @@ class RotatedLabels:
         stays = torch.rand(n, device=device) < (4 * self.upright - 1) / 3
         return turns.masked_fill(stays, 0)
 
-    def draw(self, task, n, size):
-        """Of rehearsal: turned prototypes."""
-        images = super().draw(task, n, size)
-        return turned(images, self.random_turns(len(images), images.device))
-
     def losses(self, images, labels, task, teacher):
         """The terms of the method itself, on turned images with turned labels."""
         turns = self.random_turns(len(labels), labels.device)
@@ -161,11 +156,3 @@ class RotatedLabels:
 
 class Rotated(RotatedLabels, pah.PAH):
     """PAH with rotated labels; prototypes stay upright."""
-
-
-class RotatedRehearsal(RotatedLabels, Rehearsal):
-    """Rehearsal with rotated labels; the prototypes in the batch are turned like its images."""
-
-
-class RotatedThumbnails(RotatedLabels, Thumbnails):
-    """Thumbnails with rotated labels; thumbnails in the batch are turned like its images."""
