@@ -4,8 +4,7 @@
     python examples/baselines.py thumbnails --tasks 50 --width 16 --image-size 24 --epochs 6
     python examples/baselines.py rotated --width 16 --image-size 24 --epochs 20
 
-Results of the first two are in assets/results.md; rotated labels are a trial. In your own script
-the classes take the place of `pah.PAH`.
+Results are in assets/results.md. In your own script the classes take the place of `pah.PAH`.
 """
 
 import math
@@ -78,8 +77,10 @@ class Thumbnails(Rehearsal):
 
 
 class Mirrored(nn.Module):
-    """Any model, for tests that average the logits of an image and its mirror image:
-    pah.evaluate(Mirrored(model), tasks)."""
+    """Any model, tested on each image and its mirror image: pah.evaluate(Mirrored(model), tasks).
+
+    Its logits are the mean of both.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -99,9 +100,9 @@ class RotatedLabels:
     """For any method with a head per task: heads also tell by how many quarter turns an image was
     rotated (the joint labels of Lee et al. 2020).
 
-    A head has 4C outputs, and r * C + c stands for class c after r turns. Each image of a batch has
-    one random turn, so a step costs no more than before; a share `upright` is not turned. Losses
-    see all 4C outputs, tests those of upright images.
+    A head has 4C outputs, and r * C + c stands for class c after r turns. Each image of a batch is
+    shown once, and a share `upright` of them is not turned, so the backbone has no more work than
+    before. Losses see all 4C outputs, tests those of upright images.
     """
 
     upright = 13 / 16
@@ -134,15 +135,11 @@ class RotatedLabels:
         features = self.features(prototypes.flatten(0, 1)).unflatten(0, (n, -1))
         return (features @ self.heads(n).mT).masked_fill(~present[:, None], pah.ABSENT)
 
-    def random_turns(self, n, device):
-        """How often to turn each of n images, so that a share `upright` stays as it is."""
-        turns = torch.randint(4, (n,), device=device)
-        stays = torch.rand(n, device=device) < (4 * self.upright - 1) / 3
-        return turns.masked_fill(stays, 0)
-
     def losses(self, images, labels, task, teacher):
         """The terms of the method itself, on turned images with turned labels."""
-        turns = self.random_turns(len(labels), labels.device)
+        turns = torch.randint(4, labels.shape, device=labels.device)
+        stays = torch.rand(labels.shape, device=labels.device) < (4 * self.upright - 1) / 3
+        turns = turns.masked_fill(stays, 0)
         labels = labels + turns * self.present.shape[1]
         models = [self] if teacher is None else [self, teacher]
         try:
