@@ -630,6 +630,26 @@ def test_what_rehearsal_does_to_the_first_tasks_by_label_is_what_was_measured():
     assert {f"{value:.1f}" for value in said} <= numbers_in(REHEARSAL)
 
 
+def test_what_rotated_labels_are_said_to_bring_is_what_was_measured():
+    base = "--width 16 --image-size 24 --epochs 20"
+    rows = {
+        method: dict(
+            zip(report.COLUMNS[1:], printed()[setting_of([method, *base.split()])], strict=True)
+        )
+        for method in ("pah", "rotated", "lwf", "rotated-lwf")
+    }
+    section = RESULTS.split("## Rotated labels")[1].split("\n## ")[0]
+    prose = "".join(line for line in section.splitlines() if not line.startswith("|"))
+    for column in ("AA", "LA", "FM", "AA mirrored"):
+        for before, after in (("pah", "rotated"), ("lwf", "rotated-lwf")):
+            gain = number(rows[after][column]) - number(rows[before][column])
+            assert f"{gain:.1f}" in numbers_in(prose), (column, after)
+    mirrored = [number(row["AA mirrored"]) - number(row["AA"]) for row in rows.values()]
+    assert {f"{min(mirrored):.1f}", f"{max(mirrored):.1f}"} <= numbers_in(prose)
+    said = {f"{number(row['AA']):.1f}" for row in rows.values()}
+    assert said <= numbers_in(README)
+
+
 def test_the_papers_figures_are_as_in_report():
     of_ten, of_twenty = (line.split(" | ") for line in report.REPORTED if line.startswith("PAH"))
     cifar, tiny_10, tiny_20 = of_twenty[1:3], of_ten[3:], of_twenty[3:]
