@@ -2,7 +2,7 @@
 # All full-size experiments with three seeds, then a table of all runs.
 #
 #   ./run_all.sh           benchmarks, ablations and other methods
-#   ./run_all.sh --quick   two seeds on synthetic data: eight minutes on two CPU cores
+#   ./run_all.sh --quick   two seeds on synthetic data: about nine minutes on two CPU cores
 #   ./run_all.sh --plan    only predict how many hours it takes
 #
 # Further options, such as --data FOLDER, go to every run. Start it again at any time: finished runs
@@ -46,7 +46,10 @@ variants() { # OPTIONS...: ablations of PAH, and the methods of the paper's tabl
   for size in 5 16 20 30; do run pah.py "$@" --proto-size $size; done
   run pah.py "$@" --proto-init random
   run pah.py "$@" --proto-init random --mu 0
-  for method in rehearsal thumbnails ewc si agem der derfresh derpp gcr pnn hn2 hn3; do
+  for method in rehearsal thumbnails rotated rotated-lwf; do
+    run examples/baselines.py $method "$@"
+  done
+  for method in ewc si agem der derfresh derpp gcr cclis pnn hn2 hn3; do
     run examples/baselines.py $method "$@"
   done
 }

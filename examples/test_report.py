@@ -697,10 +697,10 @@ def run_all(tmp_path):
 def test_run_all_runs_every_setting_once(run_all):
     done, calls = run_all("--quick", "--data", "my data")
     assert done.returncode == 0, done.stderr
-    assert "29 settings, 2 seeds, 1 at a time: 1451 h 58 min" in done.stdout
+    assert "32 settings, 2 seeds, 1 at a time: 1602 h 11 min" in done.stdout
     *calls, last = calls
     assert last.split() == ["examples/report.py", "runs"]
-    assert len(set(calls)) == len(calls) == 29
+    assert len(set(calls)) == len(calls) == 32
     outs = set()
     for call in calls:
         script, *flags = call.replace("my data", "my_data").split()
@@ -710,29 +710,29 @@ def test_run_all_runs_every_setting_once(run_all):
         assert args.resume and args.seeds == [0, 1]
         assert args.data == "my data"
         outs.add(args.out)
-    assert len(outs) == 29
+    assert len(outs) == 32
 
 
 def test_run_all_shares_the_settings_among_gpus(run_all):
     done, (*calls, _) = run_all(gpus=2, CUDA_VISIBLE_DEVICES="4,7")
     assert done.returncode == 0, done.stderr
-    assert len({call.split(" ", 1)[1] for call in calls}) == len(calls) == 43
+    assert len({call.split(" ", 1)[1] for call in calls}) == len(calls) == 46
     assert {call.split()[0] for call in calls} == {"4", "7"}
-    assert sum(call.startswith("4") for call in calls) == 21
+    assert sum(call.startswith("4") for call in calls) == 23
 
 
 def test_run_all_goes_on_after_a_failure_and_reports_it(run_all):
     for gpus in (0, 2):
         done, calls = run_all("--quick", gpus=gpus, failing="rehearsal")
         assert done.returncode == 1
-        assert len(calls) == 30
+        assert len(calls) == 33
 
 
 def test_run_all_plans_without_running(run_all):
     done, calls = run_all("--plan")
     assert done.returncode == 0
     assert calls == []
-    assert "43 settings" in done.stdout
+    assert "46 settings" in done.stdout
 
 
 def test_run_all_stops_if_the_data_cannot_be_read(run_all):
