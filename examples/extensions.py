@@ -97,12 +97,13 @@ def turned(images, turns):
 
 
 class RotatedLabels:
-    """For any method with a head per task: heads also tell by how many quarter turns an image was
-    rotated (the joint labels of Lee et al. 2020).
+    """Heads with an output for each class under each of four rotations, the joint labels of Lee et
+    al. (2020). For PAH and what is derived from it, finetuning and LwF, and named before them:
+    class Rotated(RotatedLabels, PAH).
 
-    A head has 4C outputs, and r * C + c stands for class c after r turns. Each image of a batch is
-    shown once, and a share `upright` of them is not turned, so the backbone has no more work than
-    before. Losses see all 4C outputs, tests those of upright images.
+    Of 4C outputs r * C + c stands for class c after r quarter turns. Each image of a batch, which
+    must be square, is shown once, and turned with a probability of 1 - `upright`. Losses see all 4C
+    outputs, tests those of upright images.
     """
 
     upright = 13 / 16
@@ -138,9 +139,11 @@ class RotatedLabels:
     def losses(self, images, labels, task, teacher):
         """The terms of the method itself, on turned images with turned labels."""
         turns = torch.randint(4, labels.shape, device=labels.device)
+        # the random turns leave a quarter of the others upright, too
         stays = torch.rand(labels.shape, device=labels.device) < (4 * self.upright - 1) / 3
         turns = turns.masked_fill(stays, 0)
         labels = labels + turns * self.present.shape[1]
+        # forward, which tests call as well, gives 4C outputs only while all_outputs is set
         models = [self] if teacher is None else [self, teacher]
         try:
             for model in models:

@@ -356,15 +356,17 @@ def draw_prototypes(folder, path):
     from torchvision.transforms.functional import to_pil_image
 
     checkpoint = folder / "checkpoint.pt"
-    saved, _ = pah.load_run(checkpoint)
+    saved, weights = pah.load_run(checkpoint)
     method = saved["args"].get("method", "pah")
-    pah.require(method in ("pah", "rehearsal"), f"{folder} is a run of {method}, not of PAH")
+    pah.require(
+        method in ("pah", "rehearsal", "rotated"), f"{folder} is a run of {method}, not of PAH"
+    )
     args = argparse.Namespace(**vars(pah.parse_args([])) | saved["args"])
     pah.require(
         args.device == "cpu" or torch.cuda.is_available(),
         f"{folder} began on a GPU: to draw its first prototypes again takes one",
     )
-    last = pah.load_checkpoint(checkpoint).prototypes.detach()[: len(saved["accuracy"])]
+    last = weights["prototypes"][: len(saved["accuracy"])]
     first = first_prototypes(args, saved["seed"])
     cell, left, top, gap = 64, 56, 136, 32
     num_tasks, classes = last.shape[:2]

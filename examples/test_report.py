@@ -398,6 +398,13 @@ def test_prototypes_of_a_gpu_need_one(tmp_path, monkeypatch):
         report.main([str(tmp_path), "--prototypes", str(tmp_path / "a.png")])
 
 
+def test_prototypes_of_rotated_labels_are_drawn(tmp_path):
+    flags = "--dataset synthetic --tasks 5 --stop-after 1 --width 4 --epochs 1 --device cpu"
+    baselines.main(["rotated", *flags.split(), "--out", str(tmp_path)])
+    report.main([str(tmp_path), "--prototypes", str(tmp_path / "a.png")])
+    assert Image.open(tmp_path / "a.png").height == 136 + 64
+
+
 @pytest.mark.parametrize("method", ["joint", "lwf", "thumbnails"])
 def test_prototypes_of_another_method_are_refused(method, tmp_path):
     flags = "--dataset synthetic --tasks 5 --width 4 --epochs 1 --precision fp32 --device cpu"
