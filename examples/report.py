@@ -284,12 +284,14 @@ def values_of(option, groups):
     rows = {}
     for group, settings in groups.items():
         for (name, precision), seeds in settings.items():
+            if pah.metrics(next(iter(seeds.values()))["accuracy"])["FM"] is None:  # joint
+                continue
             found = re.search(f" {word} ([^ ]+)", name)
             with pah.user_error(f"--over {option} is not an option with numbers"):
                 value = float(found[1] if found else default)
             others = name.replace(found[0] if found else "", "")
             rows.setdefault((group, others, precision), {})[value] = list(seeds.values())
-    most = max(rows.values(), key=len)
+    most = max(rows.values(), key=len, default=())
     pah.require(len(most) > 1, f"--over {option}: no two settings differ in this option alone")
     return dict(sorted(most.items()))
 

@@ -324,6 +324,10 @@ def test_what_cannot_be_drawn_over_an_option_says_so(leave, tmp_path, capsys):
     assert "no two settings differ in this option" in end_of_report(tmp_path, *curves, "lam")
     assert "is not an option with numbers" in end_of_report(tmp_path, *curves, "proto-init")
     assert "is not an option with numbers" in end_of_report(tmp_path, *curves, "lambda")
+    path = leave("b", 0, 80.0, epochs=5, method="joint")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": [[80.0, 90.0]]}))
+    assert "no two settings differ" in end_of_report(path.parent, *curves, "epochs")
+    assert "no two settings differ" in end_of_report(tmp_path, *curves, "epochs")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path), "--over", "lam"])
     assert "--over needs --curves" in capsys.readouterr().err
