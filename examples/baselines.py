@@ -324,6 +324,9 @@ class Replay(MultiHead):
         logits = torch.einsum("bd,bcd->bc", features, self.stored_heads[tasks])
         return logits.masked_fill(~self.present[tasks], pah.ABSENT)
 
+    def features_of(self, images):
+        return torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
+
     def distances(self, rows):
         """Squared distance of the logits of stored images to those in the memory, mean over the
         classes of their task: (B,)."""
@@ -475,7 +478,7 @@ class GCR(Replay):
 
     def head_gradients(self, task, images, labels, stored):
         """Of each image's loss for the head of its task: (N, C * D)."""
-        features = torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
+        features = self.features_of(images)
         logits = features @ self.stored_heads[task].T
         logits = logits.masked_fill(~self.present[task], pah.ABSENT)
         slope = self.beta * (logits.softmax(1) - F.one_hot(labels, logits.shape[1]))
@@ -516,9 +519,6 @@ class CCLIS(Replay):
         projected = F.normalize(self.projector(features), dim=1)
         cosines = projected @ F.normalize(self.prototypes[:n].flatten(0, 1), dim=1).T
         return cosines.masked_fill(~self.present[:n].flatten(), pah.ABSENT)
-
-    def features_of(self, images):
-        return torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
 
     def losses(self, images, labels, task, teacher):
         memory, classes = self.memory, self.present.shape[1]
