@@ -248,13 +248,13 @@ class SI(MultiHead):
 
 
 class Memory(nn.Module):
-    """A few images with their tasks, labels, logits and weights."""
+    """A few images with their tasks, labels, logits under all heads, and weights."""
 
     def __init__(self, size, tasks, classes):
         super().__init__()
         image = tasks[0].train_images[0]
         self.register_buffer("images", torch.zeros(size, *image.shape, dtype=torch.uint8))
-        self.register_buffer("logits", torch.zeros(size, classes))
+        self.register_buffer("logits", torch.zeros(size, len(tasks), classes))
         self.register_buffer("weights", torch.ones(size))
         for name in ("tasks", "labels"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.long))
@@ -273,7 +273,7 @@ class Memory(nn.Module):
 
     def classes(self, rows):
         """Labels of all tasks together: task * C + label."""
-        return self.tasks[rows] * self.logits.shape[1] + self.labels[rows]
+        return self.tasks[rows] * self.logits.shape[2] + self.labels[rows]
 
     def draw(self, n):
         """n different random rows, or all where there are fewer."""
@@ -295,8 +295,9 @@ class Memory(nn.Module):
 class Replay(MultiHead):
     """Finetuning with a memory of images.
 
-    An image is classified by the head of its own task alone. DER, DER++ and GCR were published
-    with one head for all classes.
+    An image is classified by the head of its own task alone, and its stored logits are those under
+    the heads of its own and of earlier tasks. DER, DER++ and GCR were published with one head for
+    all classes.
     """
 
     flags = (*MultiHead.flags, "buffer_size")
@@ -316,22 +317,30 @@ class Replay(MultiHead):
     def augmented(self, images):
         return images if self.augmentation is None else self.augmentation(images)
 
+    def every_logit(self, images):
+        """Logits (B, K, C) of normalised images with the heads of all tasks."""
+        return self(images, len(self.present))
+
     def replay(self, rows):
-        """Logits of stored images, each with the head of its own task."""
-        images = self.augmented(self.memory.images[rows])
-        tasks = self.memory.tasks[rows]
-        features = self.features(pah.normalise(images))
-        logits = torch.einsum("bd,bcd->bc", features, self.stored_heads[tasks])
-        return logits.masked_fill(~self.present[tasks], pah.ABSENT)
+        """Logits (B, K, C) of stored images."""
+        return self.every_logit(pah.normalise(self.augmented(self.memory.images[rows])))
+
+    def cross_entropies(self, rows):
+        """Of stored images, each with the head of its own task: (B,)."""
+        of_image = torch.arange(len(rows), device=rows.device)
+        logits = self.replay(rows)[of_image, self.memory.tasks[rows]]
+        return F.cross_entropy(logits, self.memory.labels[rows], reduction="none")
 
     def features_of(self, images):
         return torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
 
     def distances(self, rows):
         """Squared distance of the logits of stored images to those in the memory, mean over the
-        classes of their task: (B,)."""
-        squares = (self.replay(rows) - self.memory.logits[rows]).square().sum(1)
-        return squares / self.present[self.memory.tasks[rows]].sum(1)
+        classes of their task and of earlier ones: (B,)."""
+        tasks = torch.arange(len(self.present), device=rows.device)
+        known = (tasks <= self.memory.tasks[rows][:, None])[:, :, None] & self.present
+        squares = (self.replay(rows) - self.memory.logits[rows]).square() * known
+        return squares.sum((1, 2)) / known.sum((1, 2))
 
 
 def projected(gradient, reference):
@@ -341,8 +350,8 @@ def projected(gradient, reference):
 
 class AGEM(Replay):
     """Averaged gradient episodic memory (Chaudhry et al. 2019): stores some images of each class,
-    and no gradient may raise the loss on `strength` of them. Each class has a fixed share of the
-    memory, so it is full only after the last task."""
+    and no gradient may raise the loss on `strength` of them. The classes so far share the memory;
+    its authors reserve a part for classes to come."""
 
     strength = 200.0
     own_gradients = True
@@ -354,19 +363,24 @@ class AGEM(Replay):
         if len(rows) == 0:
             return terms
         weights = list(self.parameters())
-        stored = F.cross_entropy(self.replay(rows), self.memory.labels[rows])
+        stored = self.cross_entropies(rows).mean()
         gradient = flat(torch.autograd.grad(terms["ce"], weights))
         reference = flat(torch.autograd.grad(stored, weights))
         return {"ce": with_gradient(terms["ce"], weights, projected(gradient, reference))}
 
     def end_task(self, task, images, labels):
-        per_class = len(self.memory.images) // self.num_classes
-        for c in labels.unique().tolist():
-            chosen = torch.nonzero(labels == c).flatten()
-            chosen = chosen[torch.randperm(len(chosen)).to(chosen.device)][:per_class]
-            rows = slice(self.memory.filled, self.memory.filled + len(chosen))
-            self.memory.put(rows, images=images[chosen], labels=c, tasks=task)
-            self.memory.filled += len(chosen)
+        memory, rows = self.memory, slice(self.memory.filled)
+        share = len(memory.images) // int(self.present.sum())
+        order = torch.randperm(len(labels)).to(labels.device)
+        images = torch.cat([memory.images[rows], images[order]])
+        labels = torch.cat([memory.labels[rows], labels[order]])
+        tasks = torch.full_like(labels, task)
+        tasks[rows] = memory.tasks[rows]
+        of_class = tasks * self.present.shape[1] + labels
+        kept = [torch.nonzero(of_class == c).flatten()[:share] for c in of_class.unique()]
+        kept = torch.cat(kept)
+        memory.put(slice(len(kept)), images=images[kept], labels=labels[kept], tasks=tasks[kept])
+        memory.filled = len(kept)
 
 
 class DER(Replay):
@@ -379,14 +393,14 @@ class DER(Replay):
 
     def losses(self, images, labels, task, teacher):
         memory = self.memory
-        logits = self(images, task + 1)[:, task]
-        terms = {"ce": F.cross_entropy(logits, labels)}
+        logits = self.every_logit(images)
+        terms = {"ce": F.cross_entropy(logits[:, task], labels)}
         if memory.filled:
             rows = memory.draw(len(images))
             terms["der"] = self.strength * self.distances(rows).mean()
         if memory.filled and self.beta:
             rows = memory.draw(len(images))
-            terms["er"] = self.beta * F.cross_entropy(self.replay(rows), memory.labels[rows])
+            terms["er"] = self.beta * self.cross_entropies(rows).mean()
         self.logits = logits.detach()
         return terms
 
@@ -402,7 +416,7 @@ class DERFresh(DER):
         self.eval()
         memory = self.memory
         rows = torch.nonzero(memory.tasks[: memory.filled] == task).flatten()
-        memory.put(rows, logits=self(pah.normalise(memory.images[rows]), task + 1)[:, task])
+        memory.put(rows, logits=self.every_logit(pah.normalise(memory.images[rows])))
 
 
 class DERpp(DER):
@@ -425,13 +439,24 @@ def matching(gradients, target, n, ridge=0.5):
     return chosen, weights
 
 
+def candidates_of(logits, labels, n):
+    """Random rows, about n in all, of each class alike, first of those classified correctly."""
+    right = logits.argmax(1) == labels
+    order = torch.randperm(len(labels)).to(labels.device)
+    order = order[torch.argsort(~right[order], stable=True)]  # the right ones first
+    classes = labels.unique()
+    per_class = [order[labels[order] == c][: math.ceil(n / len(classes))] for c in classes]
+    return torch.cat(per_class)
+
+
 class GCR(Replay):
     """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on
     weighted images, chosen after each task so that, for each class, their weighted gradient for the
     task's head is close to that of all its images.
 
-    Simpler than the published one: images are chosen from a whole task, with the logits they have
-    at its end, so none of them is replayed while the task is learned.
+    The choice is among about as many images as the memory holds, as in the authors' code: the best
+    match to a whole task's gradient are its outliers. Logits are those at the task's end, so none
+    of its images is replayed while it is learned.
     """
 
     strength = 1.0
@@ -443,7 +468,7 @@ class GCR(Replay):
         if memory.filled:
             a, b = memory.draw(len(images)), memory.draw(len(images))
             distances = self.distances(a)
-            losses = F.cross_entropy(self.replay(b), memory.labels[b], reduction="none")
+            losses = self.cross_entropies(b)
             weights_a, weights_b = memory.weights[a], memory.weights[b]
             terms["der"] = self.strength * (weights_a @ distances) / weights_a.sum()
             terms["er"] = self.beta * (weights_b @ losses) / weights_b.sum()
@@ -453,16 +478,17 @@ class GCR(Replay):
     def end_task(self, task, images, labels):
         self.eval()
         memory, kept = self.memory, []
-        logits = [self(pah.normalise(x), task + 1)[:, task] for x in images.split(500)]
-        weights = torch.ones(len(images), device=images.device)
-        candidates = {task: (images, labels, torch.cat(logits), weights)}
+        logits = torch.cat([self.every_logit(pah.normalise(x)) for x in images.split(500)])
+        rows = candidates_of(logits[:, task], labels, len(memory.images))
+        weights = torch.ones(len(rows), device=images.device)
+        candidates = {task: (images[rows], labels[rows], logits[rows], weights)}
         for t in range(task):
             rows = torch.nonzero(memory.tasks[: memory.filled] == t).flatten()
             columns = (memory.images, memory.labels, memory.logits, memory.weights)
             candidates[t] = [column[rows] for column in columns]
         share, rest = divmod(len(memory.images), int(self.present.sum()))
         for t, (x, y, stored, weights) in sorted(candidates.items()):
-            gradients = self.head_gradients(t, x, y, stored)
+            gradients = self.head_gradients(t, x, y, stored[:, t])
             for c in y.unique().tolist():
                 own = torch.nonzero(y == c).flatten()
                 n = share
@@ -482,7 +508,7 @@ class GCR(Replay):
         logits = features @ self.stored_heads[task].T
         logits = logits.masked_fill(~self.present[task], pah.ABSENT)
         slope = self.beta * (logits.softmax(1) - F.one_hot(labels, logits.shape[1]))
-        slope += self.strength * 2 / self.present[task].sum() * (logits - stored)
+        slope += self.strength * 2 / self.present[: task + 1].sum() * (logits - stored)
         return (slope[:, :, None] * features[:, None]).flatten(1)
 
 

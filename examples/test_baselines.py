@@ -68,7 +68,7 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "FISHER_IMAGES", 20)
     rates = ["--hyper-lr", 0.01, "--proto-lr", 0.01] if method.startswith("hn") else []
     r = run(method, tmp_path, *rates)
-    images = {"agem": 80, "der": 200, "derfresh": 200, "derpp": 200, "gcr": 200}
+    images = {"agem": 200, "der": 200, "derfresh": 200, "derpp": 200, "gcr": 200}
     images["cclis"] = 200
     assert r["complete"]
     assert r["LA"] > 40  # of four classes
@@ -77,7 +77,7 @@ def test_each_method_learns_under_the_protocol(method, tmp_path, monkeypatch):
     assert r["stored"]["weights"] == sum(r["parameters"].values())
 
 
-@pytest.mark.parametrize("method, images", [("agem", 100), ("gcr", 200), ("cclis", 200)])
+@pytest.mark.parametrize("method, images", [("agem", 200), ("gcr", 200), ("cclis", 200)])
 def test_memories_are_shared_by_the_classes_that_there_are(method, images, tmp_path):
     sizes = ["--tasks", 10, 2, 2, 2, 2, 2]
     r = run(method, tmp_path, *sizes, "--epochs", 1, "--stop-after", 1)
@@ -354,6 +354,23 @@ def test_agem_stores_images_of_each_class():
     assert model.memory.labels[:8].tolist() == [0] * 4 + [1] * 4
 
 
+def test_the_classes_so_far_share_the_memory_of_agem():
+    model, images, labels = made("agem")
+    model.memory.images = model.memory.images[:10]
+    per_class = {0: {0: 4, 1: 4}, 1: {0: 2, 1: 2, 2: 2, 3: 2}, 2: dict.fromkeys(range(6), 1)}
+    for task in range(3):
+        numbers = torch.arange(8, dtype=torch.uint8) + 8 * task  # each image has its own
+        model.begin_task(task, images, labels)
+        model.end_task(task, numbers[:, None, None, None].expand_as(images), labels)
+        rows = slice(model.memory.filled)
+        classes = model.memory.classes(rows)
+        assert dict(enumerate(classes.bincount().tolist())) == per_class[task]
+        stored = model.memory.images[rows, 0, 0, 0].long()
+        assert torch.equal(stored // 8, model.memory.tasks[rows])
+        assert torch.equal(stored % 2, model.memory.labels[rows])
+        assert len(stored.unique()) == len(stored)
+
+
 def test_agem_does_not_raise_the_loss_of_stored_images():
     model, images, labels = made("agem")
     model.end_task(0, images, labels)
@@ -377,33 +394,37 @@ def test_terms_of_stored_images(method, beta):
     model.begin_task(1, images, labels)
     model.eval()
     x, memory = pah.normalise(images), model.memory
-    wanted, weights = torch.randn(8, 2), torch.arange(8.0)
+    wanted, weights = torch.randn(8, 3, 2), torch.arange(8.0)
     rows = {"images": images, "labels": labels, "logits": wanted, "tasks": 1, "weights": weights}
     memory.put(slice(8), **rows)
     memory.filled = 8
     share = weights / 28 if method == "gcr" else torch.full((8,), 1 / 8)
-    logits = model(x, 2)[:, 1]  # the head of their own task, not of the present one
-    expected = F.cross_entropy(model(x, 1)[:, 0], labels)
-    expected += 0.7 * (share * (logits - wanted).square().mean(1)).sum()
-    expected += beta * (share * F.cross_entropy(logits, labels, reduction="none")).sum()
+    logits = model(x, 2)  # of their own task and the earlier one, whichever is learned now
+    expected = F.cross_entropy(logits[:, 0], labels)
+    expected += 0.7 * (share * (logits - wanted[:, :2]).square().mean((1, 2))).sum()
+    expected += beta * (share * F.cross_entropy(logits[:, 1], labels, reduction="none")).sum()
     torch.testing.assert_close(total(model, x, labels, 0), expected)
 
 
-def test_distances_of_logits_are_means_over_the_classes_of_a_task():
-    """One of two classes present: the squared distance of its logit, not half of it."""
+def test_distances_of_logits_are_means_over_the_classes_that_there_were():
+    """Two classes of the first task and one of the second, which tests an image of the second; a
+    third task that has come since is left out, and an image of the first has two classes."""
     model, images, labels = made("gcr", strength=0.7)
-    model.present[1, 0] = True
+    model.present[1, 0] = model.present[2, 0] = True
     memory = model.memory
-    memory.put(slice(8), images=images, labels=0, tasks=1, logits=pah.ABSENT)
-    memory.logits[:8, 0] = wanted = torch.randn(8)
+    wanted = torch.randn(8, 3, 2)
+    memory.put(slice(8), images=images, labels=0, tasks=1, logits=wanted)
+    memory.tasks[:4] = 0
     model.eval()
     with torch.no_grad():
-        logits = model(pah.normalise(images), 2)[:, 1]
-        expected = (logits[:, 0] - wanted) ** 2
+        logits = model(pah.normalise(images), 3)
+        squares = (logits - wanted).square()
+        expected = squares[:, 0].mean(1)
+        expected[4:] = (squares[4:, 0].sum(1) + squares[4:, 1, 0]) / 3
         torch.testing.assert_close(model.distances(torch.arange(8)), expected)
-        gradients = model.head_gradients(1, images, labels * 0, memory.logits[:8])
+        gradients = model.head_gradients(1, images, labels * 0, wanted[:, 1])
         features = model.features(pah.normalise(images))
-    slope = 2 * 0.7 * (logits[:, :1] - wanted[:, None])
+    slope = 2 / 3 * 0.7 * (logits[:, 1, :1] - wanted[:, 1, :1])
     torch.testing.assert_close(gradients[:, : features.shape[1]], slope * features)
 
 
@@ -413,7 +434,7 @@ def test_the_reservoir_holds_images_of_all_times_as_they_came():
     for i in range(0, 1000, 50):
         numbers = torch.arange(i, i + 50)
         pixels = (numbers % 256)[:, None, None, None].expand(-1, 3, 16, 16).byte()
-        memory.offer(pixels, numbers, torch.zeros(50, 2), 0)
+        memory.offer(pixels, numbers, torch.zeros(50, 3, 2), 0)
     assert memory.filled == 200
     assert memory.seen == 1000
     assert torch.equal(memory.images[:, 0, 0, 0].long(), memory.labels % 256)
@@ -447,10 +468,12 @@ def test_a_step_with_stored_images_does_not_wait_for_the_gpu(method):
 
 def test_der_stores_plain_images_with_the_logits_of_what_it_saw():
     model, images, labels = made("der")
+    model.begin_task(1, images, labels)
     x = pah.normalise(images.flip(3))  # as if they had been mirrored
-    logits = model.eval()(x, 1)[:, 0]
-    model.losses(x, labels, 0, None)
-    model.after_step(0, images, labels)
+    logits = model.eval()(x, 3)
+    assert (logits[:, :2].abs() < 100).all() and (logits[:, 2] == pah.ABSENT).all()
+    model.losses(x, labels, 1, None)
+    model.after_step(1, images, labels)
     assert torch.equal(model.memory.images[:8], images)
     assert torch.equal(model.memory.logits[:8], logits)
 
@@ -464,9 +487,9 @@ def test_der_with_fresh_logits_looks_again_at_its_own_task():
     before = model.memory.logits.clone()
     model.end_task(1, images, labels)
     assert torch.equal(model.memory.logits[:8], before[:8])
-    wanted = model(pah.normalise(images), 2)[:, 1]  # in eval mode
+    wanted = model(pah.normalise(images), 3)  # in eval mode
     torch.testing.assert_close(model.memory.logits[8:16], wanted)
-    assert not torch.allclose(before[8:16], wanted)
+    assert not torch.allclose(before[8:16, 1], wanted[:, 1])
 
 
 def test_stored_images_are_augmented(monkeypatch):
@@ -492,6 +515,21 @@ def test_matching_finds_the_rows_and_their_weights():
     found = dict(zip(chosen, weights.tolist(), strict=True))
     assert found == pytest.approx({7: 3.0, 21: 2.0, 30: 1.0}, rel=1e-3)
     assert baselines.matching(rows, rows.sum(0), 50)[1].min() >= 0
+
+
+def test_candidates_of_gcr_are_classified_correctly_where_there_are_enough():
+    labels = torch.tensor([0, 1] * 50)
+    logits = F.one_hot(labels, 2).float()
+    logits[10:] = 1 - logits[10:]  # five of each class are right
+    torch.manual_seed(0)
+    rows = baselines.candidates_of(logits, labels, 10)
+    assert sorted(rows.tolist()) == list(range(10))
+    rows = baselines.candidates_of(logits, labels, 16)
+    assert labels[rows].bincount().tolist() == [8, 8]
+    assert set(range(10)) < set(rows.tolist())
+    assert len(rows.unique()) == 16
+    others = baselines.candidates_of(logits, labels, 16)
+    assert set(others.tolist()) != set(rows.tolist())  # random
 
 
 def test_gcr_keeps_a_coreset_of_every_task():
@@ -525,7 +563,7 @@ def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
     model.end_task(0, images, labels)
     memory = model.memory
     rows = slice(memory.filled)
-    memory.put(rows, weights=torch.rand(8) + 0.5, logits=torch.randn(8, 2))
+    memory.put(rows, weights=torch.rand(8) + 0.5, logits=torch.randn(8, 3, 2))
     old = [column[rows].clone() for column in (memory.images, memory.labels, memory.logits)]
     old_weights = memory.weights[rows].clone()
     model.begin_task(1, images, labels)
@@ -539,13 +577,13 @@ def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
     buffers = [module.running_mean.clone() for module in batch_norms(model)]
     model.train().end_task(1, images, labels)
     with torch.no_grad():
-        gradients = model.head_gradients(0, *old)
+        gradients = model.head_gradients(0, *old[:2], old[2][:, 0])
     for c in (0, 1):
         own = old[1] == c
         torch.testing.assert_close(targets[c], old_weights[own] @ gradients[own])
     for before, module in zip(buffers, batch_norms(model), strict=True):
         assert torch.equal(before, module.running_mean)
-    now = model(pah.normalise(memory.images[8:16]), 2)[:, 1]
+    now = model(pah.normalise(memory.images[8:16]), 3)
     torch.testing.assert_close(memory.logits[8:16], now)  # of the task's end
 
 
