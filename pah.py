@@ -622,6 +622,7 @@ def learn(
             )
             for optimizer in optimizers
         ]
+        # in fp16 each optimizer skips the steps in which a gradient of its own overflows
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         done, todo = 0, epochs * sum(len(task.train_labels) for task in tasks[k:])  # images

@@ -199,10 +199,12 @@ class EWC(MultiHead):
         self.eval()
         fisher = torch.zeros_like(self.fisher)
         rows = torch.randperm(len(images))[:FISHER_IMAGES].to(images.device)
-        for image in images[rows].split(1):
-            logits = self(pah.normalise(image), task + 1)[:, task]
-            label = torch.distributions.Categorical(logits=logits).sample()  # not the true one
-            loss = F.cross_entropy(logits, label)
+        chosen = pah.normalise(images[rows])
+        with torch.no_grad():
+            logits = self(chosen, task + 1)[:, task]
+        drawn = torch.distributions.Categorical(logits=logits).sample()  # not the true labels
+        for image, label in zip(chosen.split(1), drawn.split(1), strict=True):
+            loss = F.cross_entropy(self(image, task + 1)[:, task], label)
             fisher += flat(torch.autograd.grad(loss, list(self.parameters()))) ** 2 / len(rows)
         self.fisher += fisher
         self.anchor.lerp_(flat(self.parameters()).detach(), fisher / self.fisher.clamp(min=1e-30))
