@@ -79,7 +79,10 @@ class MultiHead(nn.Module):
     def stored(self):
         """What is there after all tasks: numbers, and images of a memory."""
         others = [b.numel() for b in self.buffers(recurse=False) if b.is_floating_point()]
-        images = self.memory.filled if hasattr(self, "memory") else 0
+        images = 0
+        if hasattr(self, "memory"):
+            images = self.memory.filled
+            others.append(self.memory.logits.numel())
         weights = sum(p.numel() for p in self.parameters())
         return {"weights": weights, "other numbers": sum(others), "images": images}
 
@@ -250,13 +253,14 @@ class SI(MultiHead):
 
 
 class Memory(nn.Module):
-    """A few images with their tasks, labels, logits under all heads, and weights."""
+    """A few images with their tasks, labels, weights and, if asked for, logits (K, C)."""
 
-    def __init__(self, size, tasks, classes):
+    def __init__(self, size, tasks, classes, with_logits):
         super().__init__()
         image = tasks[0].train_images[0]
+        self.of_task = classes
         self.register_buffer("images", torch.zeros(size, *image.shape, dtype=torch.uint8))
-        self.register_buffer("logits", torch.zeros(size, len(tasks), classes))
+        self.register_buffer("logits", torch.zeros(size if with_logits else 0, len(tasks), classes))
         self.register_buffer("weights", torch.ones(size))
         for name in ("tasks", "labels"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.long))
@@ -275,7 +279,7 @@ class Memory(nn.Module):
 
     def classes(self, rows):
         """Labels of all tasks together: task * C + label."""
-        return self.tasks[rows] * self.logits.shape[2] + self.labels[rows]
+        return self.tasks[rows] * self.of_task + self.labels[rows]
 
     def draw(self, n):
         """n different random rows, or all where there are fewer."""
@@ -305,6 +309,7 @@ class Replay(MultiHead):
     flags = (*MultiHead.flags, "buffer_size")
     defaults = {"optimizer": "sgd"}
     every_class = False  # whether the memory must hold an image of each class
+    with_logits = False  # whether it holds logits
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -313,7 +318,8 @@ class Replay(MultiHead):
                 f"--buffer-size {args.buffer_size}: {args.method} stores an image of each class, "
                 f"and there are {self.num_classes}"
             )
-        self.memory = Memory(args.buffer_size, tasks, self.present.shape[1])
+        of_task = self.present.shape[1]
+        self.memory = Memory(args.buffer_size, tasks, of_task, self.with_logits)
         self.augmentation = pah.AUGMENTATIONS[args.augment]
 
     def augmented(self, images):
@@ -337,12 +343,12 @@ class Replay(MultiHead):
         return torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
 
     def distances(self, rows):
-        """Squared distance of the logits of stored images to those in the memory, mean over the
-        classes of their task and of earlier ones: (B,)."""
+        """Squared distances of the logits of stored images to those in the memory, for the classes
+        of their task and of earlier ones, over the number of all classes: (B,)."""
         tasks = torch.arange(len(self.present), device=rows.device)
         known = (tasks <= self.memory.tasks[rows][:, None])[:, :, None] & self.present
         squares = (self.replay(rows) - self.memory.logits[rows]).square() * known
-        return squares.sum((1, 2)) / known.sum((1, 2))
+        return squares.sum((1, 2)) / self.num_classes
 
 
 def projected(gradient, reference):
@@ -372,14 +378,16 @@ class AGEM(Replay):
 
     def end_task(self, task, images, labels):
         memory, rows = self.memory, slice(self.memory.filled)
-        share = len(memory.images) // int(self.present.sum())
+        share, rest = divmod(len(memory.images), int(self.present.sum()))
         order = torch.randperm(len(labels)).to(labels.device)
         images = torch.cat([memory.images[rows], images[order]])
         labels = torch.cat([memory.labels[rows], labels[order]])
         tasks = torch.full_like(labels, task)
         tasks[rows] = memory.tasks[rows]
         of_class = tasks * self.present.shape[1] + labels
-        kept = [torch.nonzero(of_class == c).flatten()[:share] for c in of_class.unique()]
+        kept = []
+        for i, c in enumerate(of_class.unique()):  # the oldest classes share what is left over
+            kept.append(torch.nonzero(of_class == c).flatten()[: share + (i < rest)])
         kept = torch.cat(kept)
         memory.put(slice(len(kept)), images=images[kept], labels=labels[kept], tasks=tasks[kept])
         memory.filled = len(kept)
@@ -392,6 +400,7 @@ class DER(Replay):
 
     strength = 0.1
     beta = 0.0
+    with_logits = True
 
     def losses(self, images, labels, task, teacher):
         memory = self.memory
@@ -463,7 +472,7 @@ class GCR(Replay):
 
     strength = 1.0
     beta = 0.5
-    every_class = True
+    every_class = with_logits = True
 
     def losses(self, images, labels, task, teacher):
         terms, memory = super().losses(images, labels, task, teacher), self.memory
@@ -490,13 +499,15 @@ class GCR(Replay):
             candidates[t] = [column[rows] for column in columns]
         share, rest = divmod(len(memory.images), int(self.present.sum()))
         for t, (x, y, stored, weights) in sorted(candidates.items()):
-            gradients = self.head_gradients(t, x, y, stored[:, t])
+            gradients = self.head_gradients(t, x, y, stored)
             for c in y.unique().tolist():
                 own = torch.nonzero(y == c).flatten()
                 n = share
                 if rest > 0:  # the oldest classes share what is left over
                     n, rest = n + 1, rest - 1
-                chosen, new = matching(gradients[own], weights[own] @ gradients[own], n)
+                chosen, new = slice(None), weights[own]  # all of them, where there are so few
+                if n < len(own):
+                    chosen, new = matching(gradients[own], weights[own] @ gradients[own], n)
                 chosen = own[chosen]
                 kept.append((x[chosen], y[chosen], stored[chosen], new, torch.full_like(chosen, t)))
         names = ("images", "labels", "logits", "weights", "tasks")
@@ -505,13 +516,17 @@ class GCR(Replay):
         memory.filled = sum(len(labels) for _, labels, *_ in kept)
 
     def head_gradients(self, task, images, labels, stored):
-        """Of each image's loss for the head of its task: (N, C * D)."""
+        """Of each image's replayed loss, for the heads of its task and of earlier ones:
+        (N, (task + 1) * C * D). `stored` (N, K, C) are its logits in the memory."""
+        present = self.present[: task + 1]
         features = self.features_of(images)
-        logits = features @ self.stored_heads[task].T
-        logits = logits.masked_fill(~self.present[task], pah.ABSENT)
-        slope = self.beta * (logits.softmax(1) - F.one_hot(labels, logits.shape[1]))
-        slope += self.strength * 2 / self.present[: task + 1].sum() * (logits - stored)
-        return (slope[:, :, None] * features[:, None]).flatten(1)
+        logits = torch.einsum("bd,ncd->bnc", features, self.heads(task + 1))
+        logits = logits.masked_fill(~present, pah.ABSENT)
+        away = (logits - stored[:, : task + 1]) * present
+        slope = self.strength * 2 / self.num_classes * away
+        own = logits[:, task].softmax(1) - F.one_hot(labels, logits.shape[2])
+        slope[:, task] += self.beta * own
+        return (slope.flatten(1)[:, :, None] * features[:, None]).flatten(1)
 
 
 class CCLIS(Replay):

@@ -84,15 +84,6 @@ def test_memories_are_shared_by_the_classes_that_there_are(method, images, tmp_p
     assert r["stored"]["images"] == images
 
 
-def test_gcr_takes_no_notice_of_classes_that_a_task_lacks():
-    model, images, labels = made("gcr")
-    model.present[1, 0] = True
-    stored = model(pah.normalise(images), 2)[:, 1]
-    with torch.no_grad():
-        gradients = model.eval().head_gradients(1, images, labels * 0, stored)
-    assert gradients.abs().max() < 100
-
-
 def test_thumbnails_do_not_learn_and_heads_are_stored(tmp_path):
     r = run("thumbnails", tmp_path, "--epochs", 1, "--stop-after", 2, "--augment", "crop")
     assert set(r["parameters"]) == {"backbone", "prototypes", "stored_heads"}
@@ -299,6 +290,23 @@ def test_fisher_information_of_a_head_by_hand():
     torch.testing.assert_close(of_heads.view(3, 2, -1)[0, 0], expected, rtol=0.3, atol=1e-4)
 
 
+def test_fisher_information_takes_each_image_with_the_label_drawn_for_it():
+    """Two images of which the model is sure, of opposite classes, hold none."""
+    model, images, labels = made("ewc")
+    model.eval()
+    features = model.features(pah.normalise(images[:2])).detach()
+    apart = features[0] - features[1]
+    wish = 50 * apart / apart.square().sum()
+    middle = (features.mean(0) @ wish).item()
+    shift = middle * features.mean(0) / features.mean(0).square().sum()
+    model.stored_heads.data[0, 0] = wish - shift
+    model.stored_heads.data[0, 1] = shift - wish
+    sure = model(pah.normalise(images[:2]), 1)[:, 0].softmax(1)
+    assert sure[0, 0] > 0.999 and sure[1, 1] > 0.999
+    model.end_task(0, images[:2].repeat(20, 1, 1, 1), labels[:2].repeat(20))
+    assert model.fisher.max() < 1e-3
+
+
 def test_si_path_is_how_far_the_loss_fell():
     model, images, labels = made("si", strength=5.0)
     x, losses = pah.normalise(images), []
@@ -357,14 +365,14 @@ def test_agem_stores_images_of_each_class():
 def test_the_classes_so_far_share_the_memory_of_agem():
     model, images, labels = made("agem")
     model.memory.images = model.memory.images[:10]
-    per_class = {0: {0: 4, 1: 4}, 1: {0: 2, 1: 2, 2: 2, 3: 2}, 2: dict.fromkeys(range(6), 1)}
+    per_class = [[4, 4], [3, 3, 2, 2], [2, 2, 2, 2, 1, 1]]
     for task in range(3):
         numbers = torch.arange(8, dtype=torch.uint8) + 8 * task  # each image has its own
         model.begin_task(task, images, labels)
         model.end_task(task, numbers[:, None, None, None].expand_as(images), labels)
         rows = slice(model.memory.filled)
         classes = model.memory.classes(rows)
-        assert dict(enumerate(classes.bincount().tolist())) == per_class[task]
+        assert classes.bincount().tolist() == per_class[task]
         stored = model.memory.images[rows, 0, 0, 0].long()
         assert torch.equal(stored // 8, model.memory.tasks[rows])
         assert torch.equal(stored % 2, model.memory.labels[rows])
@@ -388,6 +396,25 @@ def test_agem_does_not_raise_the_loss_of_stored_images():
     assert abs(projected @ stored) < 1e-5
 
 
+def test_agem_projects_on_stored_images_of_all_tasks():
+    model, _, _ = three_tasks_in_memory("agem")
+    model.strength = 200
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    x, labels, parameters = pah.normalise(images), torch.tensor([0, 1] * 4), [*model.parameters()]
+    losses = F.cross_entropy(model(x, 3)[:, 2], labels), model.cross_entropies(torch.arange(8))
+    gradient, reference = (
+        baselines.flat(torch.autograd.grad(loss.mean(), parameters)) for loss in losses
+    )
+    # so that they point against each other, whatever they are
+    sign = -torch.sign(gradient @ reference)
+    cross_entropies = model.cross_entropies
+    model.cross_entropies = lambda rows: sign * cross_entropies(rows)
+    reference = sign * reference
+    wanted = gradient - gradient @ reference / (reference @ reference) * reference
+    found = baselines.flat(torch.autograd.grad(total(model, x, labels, 2), parameters))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("method, beta", [("der", 0.0), ("derpp", 0.5), ("gcr", 0.5)])
 def test_terms_of_stored_images(method, beta):
     model, images, labels = made(method, strength=0.7)
@@ -401,31 +428,44 @@ def test_terms_of_stored_images(method, beta):
     share = weights / 28 if method == "gcr" else torch.full((8,), 1 / 8)
     logits = model(x, 2)  # of their own task and the earlier one, whichever is learned now
     expected = F.cross_entropy(logits[:, 0], labels)
-    expected += 0.7 * (share * (logits - wanted[:, :2]).square().mean((1, 2))).sum()
+    # over the six classes of all three tasks
+    expected += 0.7 * (share * (logits - wanted[:, :2]).square().sum((1, 2)) / 6).sum()
     expected += beta * (share * F.cross_entropy(logits[:, 1], labels, reduction="none")).sum()
     torch.testing.assert_close(total(model, x, labels, 0), expected)
 
 
-def test_distances_of_logits_are_means_over_the_classes_that_there_were():
-    """Two classes of the first task and one of the second, which tests an image of the second; a
-    third task that has come since is left out, and an image of the first has two classes."""
-    model, images, labels = made("gcr", strength=0.7)
-    model.present[1, 0] = model.present[2, 0] = True
-    memory = model.memory
-    wanted = torch.randn(8, 3, 2)
-    memory.put(slice(8), images=images, labels=0, tasks=1, logits=wanted)
-    memory.tasks[:4] = 0
-    model.eval()
-    with torch.no_grad():
-        logits = model(pah.normalise(images), 3)
-        squares = (logits - wanted).square()
-        expected = squares[:, 0].mean(1)
-        expected[4:] = (squares[4:, 0].sum(1) + squares[4:, 1, 0]) / 3
-        torch.testing.assert_close(model.distances(torch.arange(8)), expected)
-        gradients = model.head_gradients(1, images, labels * 0, wanted[:, 1])
-        features = model.features(pah.normalise(images))
-    slope = 2 / 3 * 0.7 * (logits[:, 1, :1] - wanted[:, 1, :1])
-    torch.testing.assert_close(gradients[:, : features.shape[1]], slope * features)
+def three_tasks_in_memory(method):
+    """A model with stored images of three tasks, of which the second has one class, the others two;
+    their tasks, and the logits in memory."""
+    model, images, labels = made(method, strength=0.7)
+    model.present[1, 0] = True
+    model.present[2] = True
+    tasks, wanted = torch.tensor([0, 1, 2, 0, 1, 2, 1, 1]), torch.randn(8, 3, 2)
+    model.memory.put(slice(8), images=images, labels=labels * (tasks != 1), tasks=tasks)
+    if model.with_logits:
+        model.memory.put(slice(8), logits=wanted)
+    model.memory.filled = 8
+    return model.eval(), tasks, wanted
+
+
+def test_distances_are_those_to_the_logits_of_classes_that_there_were():
+    model, tasks, wanted = three_tasks_in_memory("der")
+    rows = torch.tensor([5, 0, 4, 2])
+    squares = (model.replay(rows) - wanted[rows]).square()
+    expected = squares[:, 0].sum(1)
+    expected[[0, 2, 3]] += squares[[0, 2, 3], 1, 0]
+    expected[[0, 3]] += squares[[0, 3], 2].sum(1)
+    torch.testing.assert_close(model.distances(rows), expected / 6)
+
+
+@pytest.mark.parametrize("method", ["der", "agem"])
+def test_cross_entropies_are_those_of_the_own_heads(method):
+    model, tasks, _ = three_tasks_in_memory(method)
+    rows = torch.tensor([5, 0, 4, 2])
+    logits = model(pah.normalise(model.memory.images[rows]), 3)
+    for loss, row, of_image in zip(model.cross_entropies(rows), rows, logits, strict=True):
+        label = model.memory.labels[row]
+        torch.testing.assert_close(loss, F.cross_entropy(of_image[tasks[row]], label))
 
 
 def test_the_reservoir_holds_images_of_all_times_as_they_came():
@@ -544,25 +584,27 @@ def test_gcr_keeps_a_coreset_of_every_task():
     assert set(memory.images[:8, 0, 0, 0].tolist()) == set(first[:, 0, 0, 0].tolist())
 
 
-def test_gcr_gradients_are_those_of_its_two_terms():
-    model, images, labels = made("gcr", strength=0.7)
-    model.eval()
-    stored = torch.randn(8, 2)
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_gcr_gradients_are_those_of_the_loss_that_is_replayed(task):
+    model, tasks, stored = three_tasks_in_memory("gcr")
+    memory, rows = model.memory, torch.nonzero(tasks == task).flatten()
     with torch.no_grad():
-        gradients = model.head_gradients(0, images, labels, stored)
-    for i in range(8):
-        logits = model(pah.normalise(images[i : i + 1]), 1)[:, 0]
-        loss = 0.5 * F.cross_entropy(logits, labels[i : i + 1])
-        loss = loss + 0.7 * F.mse_loss(logits, stored[i : i + 1])
-        wanted = torch.autograd.grad(loss, model.stored_heads)[0][0].flatten()
-        torch.testing.assert_close(gradients[i], wanted, rtol=1e-3, atol=1e-4)
+        gradients = model.head_gradients(
+            task, memory.images[rows], memory.labels[rows], memory.logits[rows]
+        )
+    for row, gradient in zip(rows.split(1), gradients, strict=True):
+        loss = 0.7 * model.distances(row) + 0.5 * model.cross_entropies(row)
+        wanted = torch.autograd.grad(loss, model.stored_heads)[0][: task + 1].flatten()
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
     model, images, labels = made("gcr")
-    model.end_task(0, images, labels)
     memory = model.memory
+    memory.images = memory.images[:12]  # six of each class, then three
+    model.end_task(0, images, labels)
     rows = slice(memory.filled)
+    assert memory.weights[rows].tolist() == [1] * 8  # all of them
     memory.put(rows, weights=torch.rand(8) + 0.5, logits=torch.randn(8, 3, 2))
     old = [column[rows].clone() for column in (memory.images, memory.labels, memory.logits)]
     old_weights = memory.weights[rows].clone()
@@ -577,14 +619,31 @@ def test_gcr_chooses_for_the_weighted_sum_of_what_it_stored(monkeypatch):
     buffers = [module.running_mean.clone() for module in batch_norms(model)]
     model.train().end_task(1, images, labels)
     with torch.no_grad():
-        gradients = model.head_gradients(0, *old[:2], old[2][:, 0])
+        gradients = model.head_gradients(0, *old)
     for c in (0, 1):
         own = old[1] == c
         torch.testing.assert_close(targets[c], old_weights[own] @ gradients[own])
     for before, module in zip(buffers, batch_norms(model), strict=True):
         assert torch.equal(before, module.running_mean)
-    now = model(pah.normalise(memory.images[8:16]), 3)
-    torch.testing.assert_close(memory.logits[8:16], now)  # of the task's end
+    assert memory.tasks[:12].tolist() == [0] * 6 + [1] * 6
+    now = model(pah.normalise(memory.images[6:12]), 3)
+    torch.testing.assert_close(memory.logits[6:12], now)  # of the task's end
+
+
+def test_gcr_chooses_among_candidates_and_keeps_the_weights_of_what_it_keeps_whole(monkeypatch):
+    model, images, labels = made("gcr")
+    images[:, 0, 0, 0] = torch.arange(8)
+    model.memory.images = model.memory.images[:20]
+    monkeypatch.setattr(baselines, "candidates_of", lambda *_: torch.tensor([6, 1, 5, 2, 3]))
+    model.end_task(0, images, labels)
+    memory = model.memory
+    assert memory.filled == 5
+    assert sorted(memory.images[:5, 0, 0, 0].tolist()) == [1, 2, 3, 5, 6]
+    memory.weights[:5] = torch.arange(2.0, 7.0)
+    model.begin_task(1, images, labels)
+    model.end_task(1, images, labels)
+    assert memory.tasks[:10].tolist() == [0] * 5 + [1] * 5
+    assert memory.weights[:10].tolist() == [2, 3, 4, 5, 6] + [1] * 5
 
 
 def test_gcr_fills_its_memory():
