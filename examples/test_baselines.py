@@ -449,7 +449,7 @@ def three_tasks_in_memory(method):
 
 
 def test_distances_are_those_to_the_logits_of_classes_that_there_were():
-    model, tasks, wanted = three_tasks_in_memory("der")
+    model, _, wanted = three_tasks_in_memory("der")
     rows = torch.tensor([5, 0, 4, 2])
     squares = (model.replay(rows) - wanted[rows]).square()
     expected = squares[:, 0].sum(1)
@@ -586,7 +586,7 @@ def test_gcr_keeps_a_coreset_of_every_task():
 
 @pytest.mark.parametrize("task", [0, 1, 2])
 def test_gcr_gradients_are_those_of_the_loss_that_is_replayed(task):
-    model, tasks, stored = three_tasks_in_memory("gcr")
+    model, tasks, _ = three_tasks_in_memory("gcr")
     memory, rows = model.memory, torch.nonzero(tasks == task).flatten()
     with torch.no_grad():
         gradients = model.head_gradients(
