@@ -343,12 +343,12 @@ class Replay(MultiHead):
         return torch.cat([self.features(pah.normalise(x)) for x in images.split(500)])
 
     def distances(self, rows):
-        """Squared distances of the logits of stored images to those in the memory, for the classes
-        of their task and of earlier ones, over the number of all classes: (B,)."""
+        """Squared distances of the logits of stored images to those in the memory, summed over the
+        classes of their task and of earlier ones, over C: (B,)."""
         tasks = torch.arange(len(self.present), device=rows.device)
         known = (tasks <= self.memory.tasks[rows][:, None])[:, :, None] & self.present
         squares = (self.replay(rows) - self.memory.logits[rows]).square() * known
-        return squares.sum((1, 2)) / self.num_classes
+        return squares.sum((1, 2)) / self.present.shape[1]
 
 
 def projected(gradient, reference):
@@ -523,7 +523,7 @@ class GCR(Replay):
         logits = torch.einsum("bd,ncd->bnc", features, self.heads(task + 1))
         logits = logits.masked_fill(~present, pah.ABSENT)
         away = (logits - stored[:, : task + 1]) * present
-        slope = self.strength * 2 / self.num_classes * away
+        slope = self.strength * 2 / present.shape[1] * away
         own = logits[:, task].softmax(1) - F.one_hot(labels, logits.shape[2])
         slope[:, task] += self.beta * own
         return (slope.flatten(1)[:, :, None] * features[:, None]).flatten(1)
