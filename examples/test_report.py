@@ -664,7 +664,33 @@ def test_what_rotated_labels_are_said_to_bring_is_what_was_measured():
     mirrored = [number(row["AA mirrored"]) - number(row["AA"]) for row in rows.values()]
     assert {f"{min(mirrored):.1f}", f"{max(mirrored):.1f}"} <= numbers_in(prose)
     said = {f"{number(row['AA']):.1f}" for row in rows.values()}
+
+    wide = "--width 32 --epochs 20".split()
+    before, after = (
+        dict(zip(report.COLUMNS[1:], printed()[setting_of([*method, *wide])], strict=True))
+        for method in ([], ["rotated"])
+    )
+    for column in ("AA", "LA", "class-inc."):
+        assert f"{number(after[column]) - number(before[column]):.1f}" in numbers_in(prose), column
+    said |= {f"{number(row['AA']):.1f}" for row in (before, after)}
     assert said <= numbers_in(README)
+    row = next(line for line in README.splitlines() if "baselines.py rotated --width 32" in line)
+    assert [cell.strip() for cell in row.split("|")[3:5]] == [after["AA"], after["FM"]]
+
+
+def test_rotated_labels_help_on_each_seed():
+    folder = ROOT / "assets/results"
+    gains = {}
+    for width, without in ((16, "cifar100-20epochs-pah"), (32, "cifar100-width32")):
+        other = f"{without.removesuffix('-pah')}-rotated"
+        runs = [
+            [json.loads((folder / name / f"seed{s}/results.json").read_text()) for s in range(3)]
+            for name in (without, other)
+        ]
+        gains[width] = [after["AA"] - before["AA"] for before, after in zip(*runs, strict=True)]
+    said = [f"{gain:.1f}" for gain in (min(gains[16]), max(gains[16]), *gains[32])]
+    section = RESULTS.split("## Rotated labels")[1].split("\n## ")[0]
+    assert min(map(float, said)) > 0 and set(said) <= numbers_in(section)
 
 
 def test_the_papers_figures_are_as_in_report():
