@@ -463,11 +463,12 @@ def candidates_of(logits, labels, n):
 class GCR(Replay):
     """Gradient coreset replay (Tiwari et al. 2022), without its optional contrastive term: DER++ on
     weighted images, chosen after each task so that, for each class, their weighted gradient for the
-    task's head is close to that of all its images.
+    heads is close to that of all candidates.
 
-    The choice is among about as many images as the memory holds, as in the authors' code: the best
-    match to a whole task's gradient are its outliers. Logits are those at the task's end, so none
-    of its images is replayed while it is learned.
+    Candidates are the stored images and about as many new ones as the memory holds, classified
+    correctly where there are enough, as in the authors' code: what matches a whole task best are
+    its outliers. Logits are those at the task's end, so none of its images is replayed while it is
+    learned.
     """
 
     strength = 1.0
