@@ -466,9 +466,9 @@ class GCR(Replay):
     heads is close to that of all candidates.
 
     Candidates are the stored images and about as many new ones as the memory holds, classified
-    correctly where there are enough, as in the authors' code: what matches a whole task best are
-    its outliers. Logits are those at the task's end, so none of its images is replayed while it is
-    learned.
+    correctly where there are enough, as in the authors' code: the images that match a whole task
+    best are its outliers. Logits are those at the task's end, so none of its images is replayed
+    while it is learned.
     """
 
     strength = 1.0
