@@ -665,7 +665,7 @@ def test_what_rotated_labels_are_said_to_bring_is_what_was_measured():
     assert {f"{min(mirrored):.1f}", f"{max(mirrored):.1f}"} <= numbers_in(prose)
     said = {f"{number(row['AA']):.1f}" for row in rows.values()}
 
-    wide = "--width 32 --epochs 20".split()
+    wide = ["--width", "32", "--epochs", "20"]
     before, after = (
         dict(zip(report.COLUMNS[1:], printed()[setting_of([*method, *wide])], strict=True))
         for method in ([], ["rotated"])
