@@ -27,7 +27,7 @@ def time_step(model, tasks, k, args):
     for i, task in enumerate(tasks[: k + 1]):
         rows = torch.randperm(len(task.train_images))[:batch_size].repeat(STEPS)
         images, labels = task.train_images[rows], task.train_labels[rows]
-        short.append(pah.Task(images, labels, task.test_images[:1], task.test_labels[:1]))
+        short.append(pah.Task(images, labels, images[:1], labels[:1]))
         if i < k:
             model.begin_task(i, images.to(args.device), labels.to(args.device))
     after_step = getattr(model, "after_step", None)

@@ -445,6 +445,11 @@ def test_bench(method, capsys):
     assert max(map(len, lines)) <= 80
 
 
+def test_bench_needs_no_image_of_each_class(capsys):
+    bench.main("--dataset synthetic --tasks 2 --width 4 --batch-size 2 --device cpu".split())
+    assert "predicted: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method, optimizer", [("lwf", "muon"), ("derpp", "sgd")])
 def test_bench_times_the_optimizer_of_the_method(method, optimizer, monkeypatch):
     class Called(Exception):
