@@ -446,7 +446,8 @@ def test_bench(method, capsys):
 
 
 def test_bench_needs_no_image_of_each_class(capsys):
-    bench.main("--dataset synthetic --tasks 2 --width 4 --batch-size 2 --device cpu".split())
+    flags = "--dataset synthetic --tasks 2 --width 4 --batch-size 2 --device cpu"
+    bench.main(flags.split())
     assert "predicted: " in capsys.readouterr().out
 
 
@@ -683,20 +684,43 @@ def test_what_rotated_labels_are_said_to_bring_is_what_was_measured():
     assert [cell.strip() for cell in row.split("|")[3:5]] == [after["AA"], after["FM"]]
 
 
-def test_rotated_labels_help_on_each_seed():
-    folder = ROOT / "assets/results"
-    gains = {}
-    for width, without in ((16, "cifar100-20epochs-pah"), (32, "cifar100-width32")):
-        other = f"{without.removesuffix('-pah')}-rotated"
-        runs = [
-            [json.loads((folder / name / f"seed{s}/results.json").read_text()) for s in range(3)]
-            for name in (without, other)
+def changes(metric, before, after):
+    """Of each seed, from the results of one folder to those of another."""
+    runs = [
+        [
+            json.loads((ROOT / f"assets/results/{name}/seed{s}/results.json").read_text())
+            for s in range(3)
         ]
-        gains[width] = [after["AA"] - before["AA"] for before, after in zip(*runs, strict=True)]
-    assert min(*gains[16], *gains[32]) > 0
-    narrow, wide = gains[16], [f"{gain:.1f}" for gain in gains[32]]
+        for name in (before, after)
+    ]
+    return [new[metric] - old[metric] for old, new in zip(*runs, strict=True)]
+
+
+def test_rotated_labels_help_on_each_seed_of_cifar100():
+    narrow = changes("AA", "cifar100-20epochs-pah", "cifar100-20epochs-rotated")
+    wide = changes("AA", "cifar100-width32", "cifar100-width32-rotated")
+    assert min(*narrow, *wide) > 0
     assert f"by {min(narrow):.1f} to {max(narrow):.1f} points for PAH" in RESULTS
-    assert f"on each seed, by {wide[0]}, {wide[1]} and {wide[2]} points" in RESULTS
+    assert "on each seed, by {:.1f}, {:.1f} and {:.1f} points".format(*wide) in RESULTS
+
+
+def test_what_rotated_labels_bring_on_each_seed_of_tinyimagenet():
+    AA, FM, LA = (
+        changes(metric, "tinyimagenet-20-width32", "tinyimagenet-20-width32-rotated")
+        for metric in ("AA", "FM", "LA")
+    )
+    said = "AA rises by {:.1f}, {:.1f} and {:.1f} points and FM by {:.1f}, {:.1f} and {:.1f}"
+    assert said.format(*AA, *FM) in RESULTS
+    assert min(LA) > 0
+
+    tiny = "--dataset tinyimagenet --tasks 20 --image-size 32 --width 32 --epochs 10"
+    before, after = (printed()[setting_of([*more, *tiny.split()])] for more in ([], ["rotated"]))
+    mean_AA, _, mean_LA, without_labels = (
+        f"{number(after[i]) - number(before[i]):.1f}" for i in range(4)
+    )
+    assert f"again: AA rises by {mean_AA}," in RESULTS.replace("\n", " ")
+    assert f"LA rises on each seed, by {mean_LA} in the mean" in RESULTS.replace("\n  ", " ")
+    assert f"Without task labels AA rises by {without_labels}." in RESULTS
 
 
 def test_the_papers_figures_are_as_in_report():
