@@ -538,10 +538,9 @@ class CCLIS(Replay):
     Adds strength * the cross-entropy between how old and new model distribute each image among the
     old classes. Images that lie close to other classes are stored more often and weighted less.
 
-    Its authors train for 500 epochs, then 100 per task, and add about 4% of stored images to a
-    batch. Here all tasks have --epochs, half of a batch are stored images, and the vectors have
-    Adam. Weights apply to old images under old classes alone: with ten classes in a task the
-    authors' code weights all, as it takes tasks to have two.
+    Its authors train for 500 epochs, then 100 per task. Here all tasks have --epochs, and the
+    vectors have Adam. Weights apply to old images under old classes alone: with ten classes in a
+    task the authors' code weights all, as it takes tasks to have two.
     """
 
     strength = 0.6
@@ -558,6 +557,10 @@ class CCLIS(Replay):
         # a vector per class, under the name that has --proto-lr
         self.prototypes = nn.Parameter(torch.randn(*self.limits, 128))
 
+    def begin_task(self, task, images, labels):
+        super().begin_task(task, images, labels)
+        self.new_images = len(images)
+
     def cosines(self, features, n):
         """Of projected features (B, D) and the vectors of n tasks: (B, n * C)."""
         projected = F.normalize(self.projector(features), dim=1)
@@ -566,7 +569,8 @@ class CCLIS(Replay):
 
     def losses(self, images, labels, task, teacher):
         memory, classes = self.memory, self.present.shape[1]
-        rows = memory.draw(len(images))
+        # as if batches were drawn from new and stored images together
+        rows = memory.draw(math.ceil(len(images) * memory.filled / self.new_images))
         weights = torch.cat([torch.ones(len(images)).to(images), memory.weights[rows]])
         images = torch.cat([images, pah.normalise(self.augmented(memory.images[rows]))])
         labels = torch.cat([labels + task * classes, memory.classes(rows)])
@@ -590,6 +594,7 @@ class CCLIS(Replay):
         self.eval()
         memory, classes = self.memory, self.present.shape[1]
         rows = slice(memory.filled)
+        earlier = torch.cat([torch.ones(len(images), device=images.device), memory.weights[rows]])
         images = torch.cat([images, memory.images[rows]])
         labels = torch.cat([labels + task * classes, memory.classes(rows)])
         features = self.features_of(images)
@@ -614,7 +619,8 @@ class CCLIS(Replay):
                 n, rest = n + 1, rest - 1
             chosen = torch.multinomial(scores, min(n, len(own)))
             kept.append(own[chosen])
-            weights.append(scores.sum() / (scores[chosen] * len(chosen)))
+            weight = scores.sum() / (scores[chosen] * len(chosen))
+            weights.append(earlier[own[chosen]] * weight)
         kept = torch.cat(kept)
         memory.filled = len(kept)
         tasks, of_task = labels[kept] // classes, labels[kept] % classes
