@@ -220,9 +220,9 @@ class SI(MultiHead):
     integral of gradient dw, over the square of the distance it moved.
     """
 
-    strength = 3.0
+    strength = 0.1
     own_gradients = True
-    damping = 0.1  # xi
+    damping = 1e-3  # xi
 
     def __init__(self, args, tasks):
         super().__init__(args, tasks)
@@ -545,7 +545,7 @@ class CCLIS(Replay):
 
     strength = 0.6
     flags = (*Replay.flags, "proto_lr")
-    defaults = {"optimizer": "sgd", "proto_lr": 0.01}
+    defaults = {"proto_lr": 0.01}
     every_class = True
     temperature, old_temperature, new_temperature = 0.5, 0.1, 0.2
 
@@ -783,7 +783,7 @@ class HN2(PerTask):
     points lower.
     """
 
-    strength = 2.0
+    strength = 0.02
     stages = 2
     flags = ("hyper_lr", "proto_lr")
     defaults = {"hyper_lr": 2e-3, "proto_lr": 2e-3}
@@ -899,8 +899,9 @@ def make_parser():
     add("--upright", type=float, default=UPRIGHT, help="share of images not rotated")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="of filters; sgd: of all weights")
     parser.epilog = (
-        "Other defaults: hn2 and hn3 have --hyper-lr 0.002 --proto-lr 0.002, methods with stored "
-        "images have --optimizer sgd, and sgd has --lr 0.03 --weight-decay 0.0005."
+        "Other defaults: hn2 and hn3 have --hyper-lr 0.002 --proto-lr 0.002, cclis has --proto-lr "
+        "0.01; agem, der, derfresh, derpp and gcr have --optimizer sgd, and sgd has --lr 0.03 "
+        "--weight-decay 0.0005."
     )
     return parser
 
