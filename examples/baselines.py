@@ -538,9 +538,10 @@ class CCLIS(Replay):
     Adds strength * the cross-entropy between how old and new model distribute each image among the
     old classes. Images that lie close to other classes are stored more often and weighted less.
 
-    Its authors train for 500 epochs, then 100 per task. Here all tasks have --epochs, and the
-    vectors have Adam. Weights apply to old images under old classes alone: with ten classes in a
-    task the authors' code weights all, as it takes tasks to have two.
+    Its authors train for 500 epochs, then 100 per task, and one head for all classes. Here all
+    tasks have --epochs and heads of their own, and the vectors have Adam. Weights apply to old
+    images under old classes alone: with ten classes in a task the authors' code weights all, as it
+    takes tasks to have two.
     """
 
     strength = 0.6
@@ -594,7 +595,6 @@ class CCLIS(Replay):
         self.eval()
         memory, classes = self.memory, self.present.shape[1]
         rows = slice(memory.filled)
-        earlier = torch.cat([torch.ones(len(images), device=images.device), memory.weights[rows]])
         images = torch.cat([images, memory.images[rows]])
         labels = torch.cat([labels + task * classes, memory.classes(rows)])
         features = self.features_of(images)
@@ -619,8 +619,7 @@ class CCLIS(Replay):
                 n, rest = n + 1, rest - 1
             chosen = torch.multinomial(scores, min(n, len(own)))
             kept.append(own[chosen])
-            weight = scores.sum() / (scores[chosen] * len(chosen))
-            weights.append(earlier[own[chosen]] * weight)
+            weights.append(scores.sum() / (scores[chosen] * len(chosen)))
         kept = torch.cat(kept)
         memory.filled = len(kept)
         tasks, of_task = labels[kept] // classes, labels[kept] % classes
@@ -634,16 +633,20 @@ class CCLIS(Replay):
 
     @torch.enable_grad()
     def fit_heads(self, n, features, labels, steps=1000):
-        """Train the heads of n tasks on features (N, D), all classes equally often."""
-        heads = torch.zeros_like(self.stored_heads[:n].flatten(0, 1), requires_grad=True)
+        """Train the heads of n tasks on features (N, D), all classes equally often, each image
+        with the head of its own task. `labels` (N,) are task * C + label."""
+        heads = torch.zeros_like(self.stored_heads[:n], requires_grad=True)
         optimizer = torch.optim.SGD([heads], 0.05, 0.9)
         often = 1 / labels.bincount()[labels]
         for _ in range(steps):
             rows = torch.multinomial(often, 512, replacement=True)
-            F.cross_entropy(features[rows] @ heads.T, labels[rows]).backward()
+            tasks, of_task = labels[rows] // heads.shape[1], labels[rows] % heads.shape[1]
+            logits = torch.einsum("bd,bcd->bc", features[rows], heads[tasks])
+            logits = logits.masked_fill(~self.present[tasks], pah.ABSENT)
+            F.cross_entropy(logits, of_task).backward()
             optimizer.step()
             optimizer.zero_grad()
-        self.stored_heads[:n] = heads.detach().unflatten(0, (n, -1))
+        self.stored_heads[:n] = heads.detach()
 
 
 # -----------------------------------------------------------------------------
