@@ -152,6 +152,7 @@ def test_methods_have_defaults_of_their_own():
     assert options("lwf") == ("muon", 0.02, 0.005, 1e-4, None)
     assert options("lwf --optimizer sgd") == ("sgd", 0.03, 5e-4, 1e-4, None)
     assert options("hn2") == ("muon", 0.02, 0.005, 2e-3, 0.02)
+    assert options("cclis") == ("muon", 0.02, 0.005, 1e-4, 0.6)
     assert options("agem") == ("sgd", 0.03, 5e-4, 1e-4, 200)
     assert options("agem --optimizer muon") == ("muon", 0.02, 0.005, 1e-4, 200)
     assert options("agem --lr 0.02 --weight-decay 0.005") == ("sgd", 0.02, 0.005, 1e-4, 200)

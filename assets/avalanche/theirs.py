@@ -117,7 +117,7 @@ def make_strategy(args, seed, tasks):
     if args.method == "ewc":
         return EWC(ewc_lambda=args.strength, **common)
     if args.method == "si":
-        return SynapticIntelligence(si_lambda=args.strength, eps=baselines.SI.damping, **common)
+        return SynapticIntelligence(si_lambda=args.strength, eps=0.1, **common)
     return AugmentedDER(mem_size=200, alpha=args.strength, beta=0.5, **common)
 
 
