@@ -606,7 +606,7 @@ def number(cell):
 @pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
 def test_how_far_pah_and_lwf_are_from_the_others_is_what_was_measured(text):
     flags = ["--width", "16", "--image-size", "24", "--epochs", "10"]
-    others = "pnn ewc si agem der derfresh derpp gcr hn2 hn3".split()
+    others = ["pnn", "ewc", "si", "agem", "der", "derfresh", "derpp", "gcr", "hn2", "hn3"]
     AA = {
         method: number(printed()[setting_of([*method.split(), *flags])][0])
         for method in ("", "lwf", *others)
