@@ -705,6 +705,25 @@ def test_rotated_labels_help_on_each_seed_of_cifar100():
     assert "on each seed, by {:.1f}, {:.1f} and {:.1f} points".format(*wide) in RESULTS
 
 
+def test_what_rotated_labels_bring_in_30_epochs():
+    section = RESULTS.split("## Rotated labels")[1].split("\n## ")[0]
+    prose = " ".join(line.strip() for line in section.splitlines() if not line.startswith("|"))
+    longer, gains = {}, {}
+    for method in ("pah", "lwf", "rotated", "rotated-lwf"):
+        more = changes("AA", f"cifar100-20epochs-{method}", f"cifar100-30epochs-{method}")
+        longer[method] = sum(more) / 3
+    for before, after in (("pah", "rotated"), ("lwf", "rotated-lwf")):
+        gains[before] = changes("AA", f"cifar100-30epochs-{before}", f"cifar100-30epochs-{after}")
+    said = "by {:.1f}, {:.1f} and {:.1f} points for PAH and {:.1f}, {:.1f} and {:.1f} for LwF"
+    assert said.format(*gains["pah"], *gains["lwf"]) in prose
+    assert min(gains["pah"] + gains["lwf"]) > 0
+    said = "Ten more epochs change the AA of PAH and LwF by {pah:.1f} and {lwf:.1f} points"
+    said += ", with rotated labels by {rotated:.1f} and {rotated-lwf:.1f}"
+    assert said.format(**longer) in prose
+    means = "and in 30 epochs by {:.1f} and {:.1f}".format(*(sum(x) / 3 for x in gains.values()))
+    assert means in prose
+
+
 def test_what_rotated_labels_bring_on_each_seed_of_tinyimagenet():
     AA, FM, LA = (
         changes(metric, "tinyimagenet-20-width32", "tinyimagenet-20-width32-rotated")
