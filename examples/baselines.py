@@ -641,9 +641,10 @@ class CCLIS(Replay):
         for _ in range(steps):
             rows = torch.multinomial(often, 512, replacement=True)
             tasks, of_task = labels[rows] // heads.shape[1], labels[rows] % heads.shape[1]
-            logits = torch.einsum("bd,bcd->bc", features[rows], heads[tasks])
-            logits = logits.masked_fill(~self.present[tasks], pah.ABSENT)
-            F.cross_entropy(logits, of_task).backward()
+            logits = torch.einsum("bd,ncd->bnc", features[rows], heads)
+            logits = logits.masked_fill(~self.present[:n], pah.ABSENT)
+            of_image = torch.arange(len(rows), device=rows.device)
+            F.cross_entropy(logits[of_image, tasks], of_task).backward()
             optimizer.step()
             optimizer.zero_grad()
         self.stored_heads[:n] = heads.detach()
