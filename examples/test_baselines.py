@@ -766,6 +766,9 @@ def test_the_heads_of_cclis_are_fitted_to_the_classes_of_their_tasks_alike():
     other = logits[range(4), [1, 1, 0, 0]]
     assert other.abs().max() == 0  # no head learns from images of another task
     assert model.stored_heads[2].abs().max() < 1  # as it was
+    model.present[1, 1] = False
+    model.fit_heads(2, centres[:3], torch.tensor([0, 1, 2]), steps=10)
+    assert model.stored_heads[1, 1].abs().max() == 0  # of a class that the task does not have
 
 
 # -----------------------------------------------------------------------------
